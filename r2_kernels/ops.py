@@ -1,0 +1,208 @@
+"""The operators: their schemas, their fake kernels, which backend runs them, and the autograd function over them.
+
+Two primitives, each one pass over all tensors of a list: ``reduce`` (weights to statistics) and ``apply`` (weights,
+statistics and one coefficient per weight to gradients). The arguments that all share:
+
+    penalty        a name in ``penalties.PENALTIES``
+    weights        N floating-point tensors on one device, of any dense layout (others are copied), empty ones allowed
+    parameter      M or the temperature, (N,), float32 or float64; None where the penalty has none
+    statistics     (N, S) float64, a row per weight in the order of the penalty's ``statistics``
+    partials       what ``reduce`` leaves for ``apply`` of the same backend: the chunks' maxima for a sparse penalty
+    coefficients   (N,), float32 or float64: what each weight's gradient is multiplied with
+    gradients      N tensors of the weights' shapes and dtypes
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r2_kernels import backends
+from r2_kernels.penalties import CHUNK_SIZE, by_name
+from r2_kernels.validation import value_dtype
+
+_SHARED = "str penalty, Tensor[] weights, Tensor? parameter"
+SCHEMAS = {
+    # values (N,), their gradients with respect to the parameter (N,) or (0,), statistics, partials
+    "reduce": f"({_SHARED}) -> (Tensor, Tensor, Tensor, Tensor)",
+    # values and parameter gradients of statistics that were merged elsewhere
+    "finalize": "(str penalty, Tensor statistics, Tensor? parameter, ScalarType dtype) -> (Tensor, Tensor)",
+    # fresh gradients
+    "apply": f"({_SHARED}, Tensor statistics, Tensor partials, Tensor coefficients) -> Tensor[]",
+    # added into the gradients that are there
+    "apply_": f"({_SHARED}, Tensor statistics, Tensor partials, Tensor coefficients, Tensor(a!)[] gradients) -> ()",
+    # both in one parallel region: values and parameter gradients, and the gradients added into those that are there
+    "reduce_apply_": f"({_SHARED}, Tensor coefficients, Tensor(a!)[] gradients) -> (Tensor, Tensor)",
+}
+
+_library = torch.library.Library("r2_kernels", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def _from_backend(backend: str, name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        return getattr(backends.load(backend), name)(*args)
+
+    return kernel
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"r2_kernels computes with the slow reference in PyTorch, since the CPU backend is not available: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _from_reference_with_warning(name: str, reason: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        _warn_once(reason)
+        return getattr(backends.load("reference"), name)(*args)
+
+    return kernel
+
+
+def _register_kernels() -> None:
+    reason = backends.by_name("cpu").why_unavailable()
+    for name in SCHEMAS:
+        if reason is not None:
+            _library.impl(name, _from_reference_with_warning(name, reason), "CPU")
+        _library.impl(name, _from_backend("triton", name), "CUDA")
+
+
+_register_kernels()
+
+
+@torch.library.register_fake("r2_kernels::reduce", lib=_library)
+def _(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rule = by_name(penalty)
+    count = len(weights)
+    dtype = value_dtype(weights)
+    chunks = sum((weight.numel() + CHUNK_SIZE - 1) // CHUNK_SIZE for weight in weights) if rule.is_sparse else 0
+    new_empty = weights[0].new_empty
+    return (
+        new_empty(count, dtype=dtype),
+        new_empty(0 if rule.parameter is None else count, dtype=dtype),
+        new_empty(count, len(rule.statistics), dtype=torch.float64),
+        new_empty(chunks, dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("r2_kernels::finalize", lib=_library)
+def _(
+    penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    count = statistics.shape[0]
+    parameters = 0 if by_name(penalty).parameter is None else count
+    return statistics.new_empty(count, dtype=dtype), statistics.new_empty(parameters, dtype=dtype)
+
+
+@torch.library.register_fake("r2_kernels::apply", lib=_library)
+def _(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    statistics: Tensor,
+    partials: Tensor,
+    coefficients: Tensor,
+) -> list[Tensor]:
+    return [torch.empty_like(weight) for weight in weights]
+
+
+@torch.library.register_fake("r2_kernels::apply_", lib=_library)
+def _(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    statistics: Tensor,
+    partials: Tensor,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+) -> None:
+    return None
+
+
+@torch.library.register_fake("r2_kernels::reduce_apply_", lib=_library)
+def _(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    count = len(weights)
+    dtype = value_dtype(weights)
+    parameters = 0 if by_name(penalty).parameter is None else count
+    return weights[0].new_empty(count, dtype=dtype), weights[0].new_empty(parameters, dtype=dtype)
+
+
+_dispatched = {name: getattr(torch.ops.r2_kernels, name).default for name in SCHEMAS}
+
+
+def kernel(name: str, device: torch.device) -> Callable[..., Any]:
+    """The operator ``name`` for tensors on ``device``: of the backend that was asked for, else the dispatcher's."""
+    requested = backends.requested()
+    if requested is None:
+        return _dispatched[name]
+    return getattr(backends.load(requested, device.type), name)
+
+
+def widened(parameter: Tensor) -> Tensor:
+    """M or the temperature as the operators take it, float32 or float64, detached."""
+    parameter = parameter.detach()
+    return parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.float()
+
+
+class PenaltyFunction(torch.autograd.Function):
+    """values = penalty(weights, parameter), shape (N,); the gradients are computed when backward asks for them."""
+
+    @staticmethod
+    def forward(ctx: Any, penalty: str, parameter: Tensor | None, *weights: Tensor) -> Tensor:
+        scalars = None if parameter is None else widened(parameter)
+        values, parameter_gradients, statistics, partials = kernel("reduce", weights[0].device)(
+            penalty, list(weights), scalars
+        )
+        ctx.penalty = penalty
+        ctx.parameter_dtype = None if parameter is None else parameter.dtype
+        ctx.save_for_backward(scalars, parameter_gradients, statistics, partials, *weights)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, value_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        scalars, parameter_gradients, statistics, partials, *weights = ctx.saved_tensors
+        parameter_gradient = None
+        if ctx.needs_input_grad[1]:
+            parameter_gradient = (value_gradients * parameter_gradients).to(ctx.parameter_dtype)
+        needed = ctx.needs_input_grad[2:]
+        gradients: list[Tensor | None] = [None] * len(weights)
+        if any(needed):
+            chosen = [index for index, is_needed in enumerate(needed) if is_needed]
+            if len(chosen) < len(weights):
+                partials = _chosen_partials(partials, weights, needed)
+                rows = torch.tensor(chosen, device=statistics.device)
+                statistics, value_gradients = statistics[rows], value_gradients[rows]
+                scalars = None if scalars is None else scalars[rows]
+                weights = [weights[index] for index in chosen]
+            fresh = kernel("apply", weights[0].device)(
+                ctx.penalty, weights, scalars, statistics, partials, value_gradients
+            )
+            for index, gradient in zip(chosen, fresh, strict=True):
+                gradients[index] = gradient
+        return None, parameter_gradient, *gradients
+
+
+def _chosen_partials(partials: Tensor, weights: Sequence[Tensor], needed: Sequence[bool]) -> Tensor:
+    """The partials of the needed weights, where the penalty has any."""
+    if partials.numel() == 0:
+        return partials
+    chunks = [(weight.numel() + CHUNK_SIZE - 1) // CHUNK_SIZE for weight in weights]
+    return torch.cat([part for part, is_needed in zip(partials.split(chunks), needed, strict=True) if is_needed])

@@ -1,0 +1,323 @@
+"""RangeRegularizer: which weights of a model, their M or temperature, the strength; a loss or in-place gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from r2_kernels import functional, ops
+from r2_kernels.penalties import by_name
+from r2_kernels.report import Report, layer_report
+from r2_kernels.validation import check_parameter, check_weights
+
+Selection = Callable[[str, Tensor], bool] | str | Sequence[str]
+Strength = float | Tensor | Sequence[float] | Callable[[int], float]
+
+
+class _Layer(NamedTuple):
+    """Where a weight is found at each step: parameters may be replaced, so none is kept where its owner is known."""
+
+    name: str
+    owner: nn.Module | None
+    attribute: str
+    parameter: Tensor | None
+
+    def weight(self) -> Tensor:
+        return getattr(self.owner, self.attribute) if self.parameter is None else self.parameter
+
+
+class RangeRegularizer(nn.Module):
+    """The sum over a model's weights of one range penalty each, times a strength (arXiv 2303.08253, equation 2).
+
+    Either add ``reg()`` to the task's loss, or call ``reg.add_gradients_()`` between ``loss.backward()`` and the
+    optimizer's step, which gives the same gradients in one fused pass, without a graph and without temporaries::
+
+        reg = RangeRegularizer(model, "linf", strength=0.01)
+        optimizer = torch.optim.AdamW([*model.parameters(), *reg.parameters()])
+        ...
+        loss.backward()
+        reg.add_gradients_()
+        optimizer.step()
+
+    The regularizer owns M (``reg.margin``) or the temperature (``reg.temperature``) as one parameter of shape
+    (layers,), in the order of ``reg.names``: give it to the optimizer, without weight decay. It does not own the
+    model's weights: it looks them up at each call, so ``model.to(dtype)`` and ``load_state_dict(assign=True)`` are
+    followed. After ``model.to(device)`` move the regularizer too. Its own parameter stays float32 or wider.
+
+    Args:
+        model: a module, or an iterable of (name, parameter).
+        penalty: ``"linf"``, ``"margin"`` or ``"soft_min_max"``.
+        strength: what the penalty is multiplied with: a number, a sequence or tensor of one per layer, or a function
+            of the step that returns a number. A step is one ``add_gradients_()`` or, in training mode, one ``reg()``.
+        temperature: the start of soft-min-max's temperature, in units of one over the weights', a number or one per
+            layer. It must start high, or learn fast, enough for the length of the training.
+        margin: the start of M in multiples of each layer's standard deviation, a number or one per layer.
+        include: which parameters to watch: a predicate of (name, parameter), or one or more patterns as in
+            ``fnmatch`` for the name. Default: those of two or more dimensions that require a gradient.
+        exclude: which of these to leave out, in the same form.
+
+    Raises:
+        TypeError: an argument of the wrong type, a weight that is not a dense floating-point tensor.
+        ValueError: an unknown penalty, no weight chosen, an empty weight, ``temperature`` or ``margin`` for a penalty
+            without it, or a sequence of the wrong length.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, Tensor]],
+        penalty: str = "soft_min_max",
+        *,
+        strength: Strength = 0.01,
+        temperature: float | Sequence[float] | None = None,
+        margin: float | Sequence[float] | None = None,
+        include: Selection | None = None,
+        exclude: Selection | None = None,
+    ) -> None:
+        super().__init__()
+        self.penalty = penalty
+        self._rule = by_name(penalty)
+        for name, start in (("temperature", temperature), ("margin", margin)):
+            if start is not None and self._rule.parameter != name:
+                raise ValueError(f"{name}: expected none, since the penalty {penalty!r} has no {name}")
+        self._layers = tuple(_watched_layers(model, include, exclude))
+        if not self._layers:
+            raise ValueError("model: expected at least one weight to regularize, but none is chosen")
+        weights = self.weights()
+        check_weights(weights, self.names)
+        self.step = 0
+        self.strength: Strength | None = None
+        self._set_strength(strength, weights[0].device)
+        starts = {"temperature": temperature, "margin": margin}
+        if self._rule.parameter is not None:
+            start = _initial_parameter(self._rule.parameter, starts[self._rule.parameter], weights)
+            self.register_parameter(self._rule.parameter, nn.Parameter(start))
+
+    @property
+    def names(self) -> list[str]:
+        """The watched weights' names, in the order of all results."""
+        return [layer.name for layer in self._layers]
+
+    def weights(self) -> list[Tensor]:
+        """The watched weights as they are now."""
+        return [layer.weight() for layer in self._layers]
+
+    def forward(self, *, check_finite: bool = False) -> Tensor:
+        """The loss to add to the task's: sum of strength · penalty over the layers, a differentiable scalar.
+
+        Raises:
+            FloatingPointError: with ``check_finite``, if a layer's value is NaN or infinite; it names the layers.
+        """
+        values = self._values()
+        if check_finite:
+            self._check_finite(values)
+        loss = (values * self._strengths(values)).sum()
+        if self.training and torch.is_grad_enabled():
+            self._advance()
+        return loss
+
+    @torch.no_grad()
+    def add_gradients_(self, *, scale: float | Tensor = 1.0, check_finite: bool = False) -> Tensor:
+        """Add the gradient of the loss to each ``weight.grad``, and to that of M or the temperature, in place.
+
+        One fused pass without a graph; a ``.grad`` that is None is created. Call it once a step, after the task's
+        ``backward()``; under gradient accumulation after the last one.
+
+        Args:
+            scale: what the gradients are multiplied with besides the strength: ``GradScaler.get_scale()`` under AMP.
+            check_finite: raise, before any gradient changes, where a layer's value is NaN or infinite.
+
+        Returns:
+            The loss, as ``reg()`` would return it, detached.
+
+        Raises:
+            TypeError: a gradient that is not dense or not of its weight's dtype.
+            ValueError: a weight that requires no gradient, or a gradient of another shape or device than its weight.
+            FloatingPointError: as ``reg()`` does.
+        """
+        weights = self.weights()
+        check_weights(weights, self.names)
+        self._check_gradients(weights)
+        parameter, scalars = self._parameter(weights)
+        if check_finite:
+            self._check_finite(self._values())
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        strengths = self._strengths(weights[0])
+        coefficients = strengths * scale
+        values, parameter_gradients = ops.kernel("reduce_apply_", weights[0].device)(
+            self.penalty, weights, scalars, coefficients, gradients
+        )
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if weight.grad is None:
+                weight.grad = gradient
+        if parameter is not None and parameter.requires_grad:
+            slope = (parameter_gradients * coefficients).to(parameter.dtype)
+            parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
+        self._advance()
+        return (values * strengths).sum()
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, Tensor]:
+        """The penalty of each layer by name, without the strength: detached scalars on the weights' device."""
+        return dict(zip(self.names, self._values().unbind(), strict=True))
+
+    @torch.no_grad()
+    def report(self) -> Report:
+        """What each layer looks like to a quantizer: print it, or take its ``rows``."""
+        weights = self.weights()
+        values = self._values().tolist()
+        parameter = None if self._rule.parameter is None else self.get_parameter(self._rule.parameter).tolist()
+        rows = [
+            layer_report(name, weight, self.penalty, value)
+            | ({} if parameter is None else {str(self._rule.parameter): parameter[index]})
+            for index, (name, weight, value) in enumerate(zip(self.names, weights, values, strict=True))
+        ]
+        return Report(rows)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"penalty": self.penalty, "names": self.names, "step": self.step}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state["penalty"] != self.penalty:
+            raise ValueError(f"state_dict: expected the state of penalty {self.penalty!r}, got {state['penalty']!r}")
+        if list(state["names"]) != self.names:
+            different = sorted(set(state["names"]) ^ set(self.names)) or "the same weights in another order"
+            raise ValueError(f"state_dict: expected the state of the watched weights, differs in {different}")
+        self.step = int(state["step"])
+
+    def extra_repr(self) -> str:
+        return f"penalty={self.penalty!r}, layers={len(self._layers)}, strength={self.strength}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RangeRegularizer:
+        # M and the temperature learn in steps that 8 bits of mantissa would round away: a cast moves, never narrows.
+        def move_without_narrowing(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_narrower = moved.is_floating_point() and moved.element_size() < tensor.element_size()
+            return tensor.to(moved.device) if is_narrower else moved
+
+        return super()._apply(move_without_narrowing, recurse)
+
+    def _values(self) -> Tensor:
+        weights = self.weights()
+        check_weights(weights, self.names)
+        if self._rule.parameter is None:
+            return functional.linf(weights)
+        penalty = getattr(functional, self.penalty)
+        return penalty(weights, self.get_parameter(self._rule.parameter))
+
+    def _parameter(self, weights: Sequence[Tensor]) -> tuple[nn.Parameter | None, Tensor | None]:
+        """M or the temperature, and the same as the operators take it."""
+        if self._rule.parameter is None:
+            return None, None
+        parameter = self.get_parameter(self._rule.parameter)
+        check_parameter(parameter, self._rule.parameter, weights)
+        return parameter, ops.widened(parameter)
+
+    def _set_strength(self, strength: Strength, device: torch.device) -> None:
+        per_layer = None
+        if isinstance(strength, Tensor) or (isinstance(strength, Sequence) and not isinstance(strength, str)):
+            per_layer = torch.as_tensor(strength, dtype=torch.float32, device=device).detach()
+            if per_layer.ndim and per_layer.shape != (len(self._layers),):
+                raise ValueError(
+                    f"strength: expected one number per layer, shape ({len(self._layers)},), "
+                    f"got {tuple(per_layer.shape)}"
+                )
+            strength = per_layer
+        elif not callable(strength) and (isinstance(strength, bool) or not isinstance(strength, (int, float))):
+            raise TypeError(
+                f"strength: expected a number, one per layer or a function of the step, got {type(strength).__name__}"
+            )
+        self.register_buffer("_strength_per_layer", per_layer, persistent=False)
+        self.strength = strength
+
+    def _strengths(self, like: Tensor) -> Tensor:
+        """The strength of each layer, shape (layers,), on the device of ``like``; float64 if that is, else float32."""
+        dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+        strength: Any = self._strength_per_layer if self._strength_per_layer is not None else self.strength
+        if callable(strength):
+            strength = strength(self.step)
+        if isinstance(strength, Tensor):
+            return strength.to(like.device, dtype).expand(len(self._layers))
+        return torch.full((len(self._layers),), strength, dtype=dtype, device=like.device)
+
+    def _advance(self) -> None:
+        if callable(self.strength):  # Only a schedule counts: a number that changed each step would recompile a graph.
+            self.step += 1
+
+    def _check_gradients(self, weights: Sequence[Tensor]) -> None:
+        for index, (weight, layer) in enumerate(zip(weights, self._layers, strict=True)):
+            gradient = weight.grad
+            if not weight.requires_grad:
+                raise ValueError(f"weights[{index}] ({layer.name!r}): expected a weight that requires a gradient")
+            if gradient is None:
+                continue
+            if gradient.layout is not torch.strided or gradient.dtype is not weight.dtype:
+                raise TypeError(
+                    f"gradient of weights[{index}] ({layer.name!r}): expected a dense tensor of {weight.dtype}, "
+                    f"got {gradient.dtype}, {gradient.layout}"
+                )
+
+    def _check_finite(self, values: Tensor) -> None:
+        is_finite = torch.isfinite(values.detach()).tolist()
+        if not all(is_finite):
+            layers = [repr(name) for name, finite in zip(self.names, is_finite, strict=True) if not finite]
+            raise FloatingPointError(f"the {self.penalty} penalty is not finite for {', '.join(layers)}")
+
+
+def _watched_layers(
+    model: nn.Module | Iterable[tuple[str, Tensor]], include: Selection | None, exclude: Selection | None
+) -> Iterator[_Layer]:
+    is_included = _has_a_range if include is None else _predicate("include", include)
+    is_excluded = _predicate("exclude", () if exclude is None else exclude)
+    seen: set[int] = set()
+    for layer in _candidates(model):
+        parameter = layer.weight()
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if is_included(layer.name, parameter) and not is_excluded(layer.name, parameter):
+            yield layer
+
+
+def _candidates(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Iterator[_Layer]:
+    if isinstance(model, nn.Module):
+        for name, _ in model.named_parameters():
+            owner, _, attribute = name.rpartition(".")
+            yield _Layer(name, model.get_submodule(owner), attribute, None)
+        return
+    if isinstance(model, Tensor) or not isinstance(model, Iterable):
+        raise TypeError(f"model: expected a module or an iterable of (name, parameter), got {type(model).__name__}")
+    for index, item in enumerate(model):
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(f"model: expected (name, parameter) at position {index}, got {type(item).__name__}")
+        name, parameter = item
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"model: expected a tensor for {name!r}, got {type(parameter).__name__}")
+        yield _Layer(name, None, "", parameter)
+
+
+def _has_a_range(name: str, parameter: Tensor) -> bool:
+    return parameter.requires_grad and parameter.ndim >= 2
+
+
+def _predicate(argument: str, selection: Selection) -> Callable[[str, Tensor], bool]:
+    if callable(selection):
+        return selection
+    patterns = (selection,) if isinstance(selection, str) else tuple(selection)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{argument}: expected a predicate of (name, parameter) or name patterns, got {selection!r}")
+    return lambda name, parameter: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _initial_parameter(name: str, start: float | Sequence[float] | None, weights: Sequence[Tensor]) -> Tensor:
+    """M or the temperature at the start, float32: 0.1 and twice the standard deviation unless the caller says."""
+    given = torch.as_tensor({"temperature": 0.1, "margin": 2.0}[name] if start is None else start, dtype=torch.float32)
+    if given.ndim and given.shape != (len(weights),):
+        raise ValueError(f"{name}: expected a number or one per layer, shape ({len(weights)},), got {tuple(given.shape)}")
+    given = given.to(weights[0].device).expand(len(weights)).clone()
+    if name == "margin":
+        given *= torch.stack([weight.detach().float().std(correction=0) for weight in weights])
+    return given

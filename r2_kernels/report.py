@@ -1,0 +1,64 @@
+"""What a quantizer sees of each layer: extremes, spread, and the step size it would have at 8, 4, 3 and 2 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+BITS = (8, 4, 3, 2)
+# soft-min-max shrinks max w - min w, what an asymmetric quantizer divides into steps; the others shrink max|w|.
+ASYMMETRIC_PENALTIES = ("soft_min_max",)
+
+Row = dict[str, str | float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row per layer; ``print`` shows a table, ``rows`` are dictionaries, ready for a data frame."""
+
+    rows: Sequence[Row]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        columns = list(self.rows[0])
+        cells = [columns] + [[_cell(row[column]) for column in columns] for row in self.rows]
+        widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if index == 0 else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in cells
+        ]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def layer_report(name: str, weight: Tensor, penalty: str, value: float) -> Row:
+    """One layer's row. A step of b bits is range/(2^b - 1) asymmetric, max|w|/(2^(b-1) - 1) symmetric, per tensor."""
+    flat = weight.detach().double()
+    minimum, maximum, deviation = (float(statistic) for statistic in (flat.min(), flat.max(), flat.std(correction=0)))
+    largest = max(abs(minimum), abs(maximum))
+    row: Row = {
+        "layer": name,
+        "min": minimum,
+        "max": maximum,
+        "std": deviation,
+        "max/std": largest / deviation if deviation else float("nan"),
+        penalty: value,
+    }
+    for bits in BITS:
+        is_asymmetric = penalty in ASYMMETRIC_PENALTIES
+        step = (maximum - minimum) / (2**bits - 1) if is_asymmetric else largest / (2 ** (bits - 1) - 1)
+        row[f"step {bits} bit"] = step
+    return row
+
+
+def _cell(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
