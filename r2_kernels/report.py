@@ -51,7 +51,7 @@ def layer_report(name: str, weight: Tensor, penalty: str, value: float) -> Row:
         "max": maximum,
         "std": deviation,
         "max/std": largest / deviation if deviation else float("nan"),
-        penalty: value,
+        "penalty": value,
     }
     for bits in BITS:
         is_asymmetric = penalty in ASYMMETRIC_PENALTIES
