@@ -1,0 +1,74 @@
+"""What a penalty should give, by float64 autograd of ``r2_kernels.reference``: the judge of every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import r2_kernels
+from r2_kernels import reference
+
+PENALTIES = ("linf", "margin", "soft_min_max")
+PARAMETERS = {"linf": None, "margin": "margin", "soft_min_max": "temperature"}
+
+
+class Expected(NamedTuple):
+    """All float64 on the CPU: values (N,), gradients like the weights, parameter_gradient (N,) or None."""
+
+    values: Tensor
+    gradients: list[Tensor]
+    parameter_gradient: Tensor | None
+
+
+def call(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None = None) -> Tensor:
+    """The public function of that name, whatever its number of arguments."""
+    function = getattr(r2_kernels, penalty)
+    return function(weights) if parameter is None else function(weights, parameter)
+
+
+def call_reference(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None = None) -> Tensor:
+    function = getattr(reference, penalty)
+    return function(weights) if parameter is None else function(weights, parameter)
+
+
+def expected(
+    penalty: str, weights: Sequence[Tensor], parameter: Tensor | None, coefficients: Tensor | None = None
+) -> Expected:
+    """Values and gradients of ``(coefficients * values).sum()`` of the same stored numbers, in float64."""
+    doubles = [weight.detach().cpu().double().clone() for weight in weights]
+    if penalty == "soft_min_max":
+        doubles = [_centered(double) for double in doubles]
+    for double in doubles:
+        double.requires_grad_()
+    scalars = None if parameter is None else parameter.detach().cpu().double().clone().requires_grad_()
+    values = call_reference(penalty, doubles, scalars)
+    upstream = torch.ones_like(values) if coefficients is None else coefficients.detach().cpu().double()
+    inputs = doubles if scalars is None else [*doubles, scalars]
+    gradients = list(torch.autograd.grad(values, inputs, upstream))
+    parameter_gradient = None if scalars is None else gradients.pop()
+    return Expected(values.detach(), gradients, parameter_gradient)
+
+
+def _centered(weight: Tensor) -> Tensor:
+    """A soft range does not depend on where zero is; far from zero, float64 itself would be the less exact one."""
+    middle = (weight.amax() / 2 + weight.amin() / 2) if weight.numel() else weight.new_zeros(())
+    return weight - torch.where(middle.isfinite(), middle, 0)
+
+
+def extent(weight: Tensor) -> float:
+    """max w - min w in float64."""
+    flat = weight.detach().cpu().double()
+    return (flat.max() - flat.min()).item()
+
+
+def default_parameter(penalty: str, weights: Sequence[Tensor]) -> Tensor | None:
+    """An M or a temperature that puts every part of the formula to work: some weights outside M, a soft softmax."""
+    if penalty == "linf":
+        return None
+    scale = torch.stack([weight.detach().double().abs().mean() for weight in weights])
+    scale = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
+    parameter = 1.3 * scale if penalty == "margin" else 1.1 / scale
+    return parameter.float()
