@@ -1,0 +1,36 @@
+// What an instruction set offers the operators: one entry per penalty and storage type, the same signatures for all.
+#pragma once
+
+#include <cstdint>
+
+namespace r2 {
+
+enum Storage : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kStorageCount };
+enum PenaltyIndex : int8_t { kLInf, kMargin, kSoftMinMax, kPenaltyCount };
+
+// Over one chunk: `weight` and `gradient` point to `size` entries of the storage type, `row` to one row of statistics
+// (the chunk's for reduce, its whole segment's for apply), `parameter` is M or the temperature, 0 if there is none.
+struct ChunkKernels {
+  // weights -> the chunk's row
+  void (*reduce)(const void* weight, int64_t size, double parameter, double* row);
+  // weights and the segment's row -> gradients, times `coefficient`: written, or added to what is there
+  void (*write)(const void* weight, void* gradient, int64_t size, const double* row, double parameter,
+                double coefficient);
+  void (*add)(const void* weight, void* gradient, int64_t size, const double* row, double parameter,
+              double coefficient);
+  // weights -> the chunk's row, and gradients added; null for penalties whose gradient needs the segment's statistics
+  void (*reduce_and_add)(const void* weight, void* gradient, int64_t size, double parameter, double coefficient,
+                         double* row);
+};
+
+struct InstructionSet {
+  const char* name;
+  ChunkKernels kernels[kPenaltyCount][kStorageCount];
+};
+
+// The best one that this processor has.
+const InstructionSet& instruction_set();
+
+extern const InstructionSet kAvx512, kAvx2, kPortable;
+
+}  // namespace r2

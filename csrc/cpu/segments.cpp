@@ -1,0 +1,139 @@
+#include "segments.h"
+
+#include <algorithm>
+#include <string>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace r2 {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+Storage storage_of(const Tensor& tensor, const char* name, size_t index) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, "[", index, "]: expected a tensor on the CPU");
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Double:
+      return kFloat64;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, "[", index, "]: expected dtype float32, bfloat16, float16 or float64");
+  }
+}
+
+// Whether the entries fill a contiguous range of memory without overlap, in any order of dimensions.
+bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+bool have_same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
+bool have_same_order(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// Fresh memory arrives a page fault at a time; with 2 MiB pages it takes 512 times fewer.
+void ask_for_huge_pages(void* memory, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+}  // namespace
+
+Segments::Segments(const std::vector<Tensor>& weights) : weights_(weights), is_reordered_(weights.size(), false) {
+  STD_TORCH_CHECK(!weights.empty(), "weights: expected at least one tensor");
+  segments_.reserve(weights.size());
+  int64_t chunk_count = 0;
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    const Storage storage = storage_of(weights_[i], "weights", i);
+    if (!is_dense(weights_[i])) weights_[i] = torch::stable::contiguous(weights_[i]);
+    has_float64_ |= storage == kFloat64;
+    segments_.push_back({static_cast<const char*>(weights_[i].const_data_ptr()), nullptr, weights_[i].numel(),
+                         chunk_count, storage});
+    chunk_count += segments_.back().chunks();
+  }
+  chunks_.reserve(chunk_count);
+  for (size_t i = 0; i < segments_.size(); ++i) {
+    for (int64_t chunk = 0; chunk < segments_[i].chunks(); ++chunk) {
+      chunks_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(chunk)});
+    }
+  }
+}
+
+void Segments::accumulate_into(const std::vector<Tensor>& gradients) {
+  STD_TORCH_CHECK(gradients.size() == weights_.size(), "gradients: expected ", weights_.size(), " tensors, got ",
+                  gradients.size());
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Storage storage = storage_of(gradients[i], "gradients", i);
+    STD_TORCH_CHECK(storage == segments_[i].storage, "gradients[", i, "]: expected the dtype of its weight");
+    STD_TORCH_CHECK(have_same_shape(gradients[i], weights_[i]), "gradients[", i,
+                    "]: expected the shape of its weight");
+  }
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    Tensor gradient = gradients[i];
+    if (!is_dense(gradient)) {
+      gradient = torch::stable::contiguous(gradient);
+      apart_.emplace_back(gradients[i], gradient);
+    }
+    if (!have_same_order(weights_[i], gradient)) {
+      Tensor reordered = torch::stable::empty_like(gradient);
+      torch::stable::copy_(reordered, weights_[i]);
+      weights_[i] = reordered;
+      segments_[i].weight = static_cast<const char*>(reordered.const_data_ptr());
+      is_reordered_[i] = true;
+    }
+    segments_[i].gradient = static_cast<char*>(gradient.mutable_data_ptr());
+  }
+}
+
+void Segments::finish_gradients() {
+  for (auto& [gradient, dense] : apart_) torch::stable::copy_(gradient, dense);
+}
+
+std::vector<Tensor> Segments::new_gradients() {
+  std::vector<Tensor> gradients;
+  gradients.reserve(weights_.size());
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    gradients.push_back(torch::stable::empty_like(weights_[i]));
+    segments_[i].gradient = static_cast<char*>(gradients.back().mutable_data_ptr());
+    ask_for_huge_pages(segments_[i].gradient, segments_[i].size * segments_[i].entry_bytes());
+  }
+  return gradients;
+}
+
+}  // namespace r2

@@ -1,0 +1,67 @@
+// A list of tensors as flat segments, and the segments as chunks: what the operators compute on.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace r2 {
+
+using torch::stable::Tensor;
+
+// Entries per chunk, as CHUNK_SIZE in r2_kernels/penalties.py.
+inline constexpr int64_t kChunkSize = 16384;
+
+// One weight, read as `size` entries in the order of its storage.
+struct Segment {
+  const char* weight;
+  char* gradient;  // in the weight's order; null where none is asked for
+  int64_t size;
+  int64_t first_chunk;  // among the chunks of all segments
+  Storage storage;
+
+  int64_t chunks() const { return (size + kChunkSize - 1) / kChunkSize; }
+  int64_t entry_bytes() const { return storage == kFloat64 ? 8 : storage == kFloat32 ? 4 : 2; }
+};
+
+// One chunk of a segment.
+struct ChunkPlace {
+  int32_t segment;
+  int32_t index;  // within the segment
+};
+
+// Checks a list of weights, copies those that are not dense, and cuts all into chunks.
+class Segments {
+ public:
+  explicit Segments(const std::vector<Tensor>& weights);
+
+  // Gradients to be added to, of the weights' shapes. One that lies in another order than its weight gets a copy of
+  // the weight in its own; one that is not dense is accumulated apart and copied back by finish_gradients().
+  void accumulate_into(const std::vector<Tensor>& gradients);
+  void finish_gradients();
+
+  // Fresh gradients, uninitialized, in the order of the weights.
+  std::vector<Tensor> new_gradients();
+
+  // Whether a segment is read in the order in which reduce() without gradients reads it.
+  bool is_in_own_order(int64_t segment) const { return !is_reordered_[segment]; }
+
+  const std::vector<Segment>& all() const { return segments_; }
+  const std::vector<ChunkPlace>& chunks() const { return chunks_; }
+  bool has_float64() const { return has_float64_; }
+  int64_t count() const { return static_cast<int64_t>(segments_.size()); }
+
+ private:
+  std::vector<Tensor> weights_;  // dense
+  std::vector<Segment> segments_;
+  std::vector<ChunkPlace> chunks_;
+  std::vector<bool> is_reordered_;
+  std::vector<std::pair<Tensor, Tensor>> apart_;  // a gradient that is not dense, and its dense stand-in
+  bool has_float64_ = false;
+};
+
+}  // namespace r2

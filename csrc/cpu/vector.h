@@ -1,0 +1,113 @@
+// Vectors of float and double as wide as the instruction set allows, and how the storage types are read and written.
+//
+// On GCC's and Clang's vector extensions, so that one text compiles for every instruction set; intrinsics only where
+// the extensions have no word for it. Included once per instruction set, inside its pragma: see instruction_set.h.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../penalties.h"
+
+namespace r2 {
+inline namespace R2_INSTRUCTION_SET {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+using FloatVector = float __attribute__((vector_size(R2_VECTOR_BYTES)));
+using FloatBits = uint32_t __attribute__((vector_size(R2_VECTOR_BYTES)));
+using HalfBits = uint16_t __attribute__((vector_size(R2_VECTOR_BYTES / 2)));
+using DoubleVector = double __attribute__((vector_size(R2_VECTOR_BYTES)));
+using DoubleBits = uint64_t __attribute__((vector_size(R2_VECTOR_BYTES)));
+
+template <>
+struct Lane<FloatVector> {
+  using type = float;
+  using bits = FloatBits;
+};
+template <>
+struct Lane<DoubleVector> {
+  using type = double;
+  using bits = DoubleBits;
+};
+template <class V>
+constexpr int kLanes = sizeof(V) / sizeof(lane_t<V>);
+
+template <class Mask>
+R2_INLINE bool any(Mask mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  auto lanes = mask[0];
+  for (size_t i = 1; i < sizeof(mask) / sizeof(mask[0]); ++i) lanes |= mask[i];
+  return lanes != 0;
+#endif
+}
+
+// ---- storage: float32 and float64 as they are, the 16-bit types as float32 ------------------------------------------
+
+template <class Storage>
+struct StorageTraits {
+  using Scalar = float;
+  using Vector = FloatVector;
+};
+template <>
+struct StorageTraits<double> {
+  using Scalar = double;
+  using Vector = DoubleVector;
+};
+template <class Storage>
+using vector_t = typename StorageTraits<Storage>::Vector;
+template <class Storage>
+using scalar_t = typename StorageTraits<Storage>::Scalar;
+
+template <class To>
+R2_INLINE To load_unaligned(const void* from) {
+  To to;
+  __builtin_memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+R2_INLINE FloatVector load(const float* from) { return load_unaligned<FloatVector>(from); }
+R2_INLINE DoubleVector load(const double* from) { return load_unaligned<DoubleVector>(from); }
+R2_INLINE FloatVector load(const BFloat16* from) {
+  return from_bits<FloatVector>(__builtin_convertvector(load_unaligned<HalfBits>(from), FloatBits) << 16);
+}
+R2_INLINE FloatVector load(const Half* from) {
+#if defined(__AVX512F__)
+  return (FloatVector)_mm512_cvtph_ps(load_unaligned<__m256i>(from));
+#elif defined(__F16C__)
+  return (FloatVector)_mm256_cvtph_ps(load_unaligned<__m128i>(from));
+#else
+  FloatVector x;
+  for (int i = 0; i < kLanes<FloatVector>; ++i) x[i] = from[i];
+  return x;
+#endif
+}
+
+R2_INLINE void store(float* to, FloatVector x) { __builtin_memcpy(to, &x, sizeof(x)); }
+R2_INLINE void store(double* to, DoubleVector x) { __builtin_memcpy(to, &x, sizeof(x)); }
+R2_INLINE void store(BFloat16* to, FloatVector x) {
+  const FloatBits bits = to_bits(x);
+  const FloatBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const FloatBits quiet_nan = (bits >> 16) | 0x40;
+  const HalfBits half = __builtin_convertvector(x == x ? rounded : quiet_nan, HalfBits);
+  __builtin_memcpy(to, &half, sizeof(half));
+}
+R2_INLINE void store(Half* to, FloatVector x) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __builtin_memcpy(to, &half, sizeof(half));
+#elif defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __builtin_memcpy(to, &half, sizeof(half));
+#else
+  for (int i = 0; i < kLanes<FloatVector>; ++i) to[i] = x[i];
+#endif
+}
+
+}  // namespace R2_INSTRUCTION_SET
+}  // namespace r2
