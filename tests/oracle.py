@@ -15,12 +15,22 @@ PENALTIES = ("linf", "margin", "soft_min_max")
 PARAMETERS = {"linf": None, "margin": "margin", "soft_min_max": "temperature"}
 
 
+# Rounding of float64 itself in what follows; it matters where the exact result is zero.
+NOISE = 1e-14
+
+
 class Expected(NamedTuple):
-    """All float64 on the CPU: values (N,), gradients like the weights, parameter_gradient (N,) or None."""
+    """All float64 on the CPU: values (N,), gradients like the weights, parameter_gradient (N,) or None.
+
+    The scales are what rounding is relative to: the value itself, or where signs let the terms of a sum cancel, the sum
+    of their magnitudes. For soft-min-max these are the soft range and exp(-a), the variances and exp(-a).
+    """
 
     values: Tensor
     gradients: list[Tensor]
     parameter_gradient: Tensor | None
+    value_scales: Tensor
+    parameter_scales: Tensor | None
 
 
 def call(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None = None) -> Tensor:
@@ -49,19 +59,22 @@ def expected(
     inputs = doubles if scalars is None else [*doubles, scalars]
     gradients = list(torch.autograd.grad(values, inputs, upstream))
     parameter_gradient = None if scalars is None else gradients.pop()
-    return Expected(values.detach(), gradients, parameter_gradient)
+    values = values.detach()
+    if penalty != "soft_min_max":
+        scales = None if parameter_gradient is None else parameter_gradient.abs()
+        return Expected(values, gradients, parameter_gradient, values.abs(), scales)
+    aging = torch.exp(-scalars.detach())
+    variances = parameter_gradient + upstream * aging
+    extents = torch.stack([double.detach().amax() - double.detach().amin() for double in doubles])
+    noise = torch.where(extents.isfinite(), NOISE * extents.square() / 1e-5, 0)
+    scales = variances.abs() + (upstream * aging).abs() + noise
+    return Expected(values, gradients, parameter_gradient, (values - aging).abs() + aging, scales)
 
 
 def _centered(weight: Tensor) -> Tensor:
     """A soft range does not depend on where zero is; far from zero, float64 itself would be the less exact one."""
     middle = (weight.amax() / 2 + weight.amin() / 2) if weight.numel() else weight.new_zeros(())
     return weight - torch.where(middle.isfinite(), middle, 0)
-
-
-def extent(weight: Tensor) -> float:
-    """max w - min w in float64."""
-    flat = weight.detach().cpu().double()
-    return (flat.max() - flat.min()).item()
 
 
 def default_parameter(penalty: str, weights: Sequence[Tensor]) -> Tensor | None:

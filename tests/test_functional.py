@@ -85,7 +85,7 @@ def test_frozen_weights(backend: str, device: torch.device, penalty: str, frozen
         else:
             assert_gradient(weight.grad, wanted.gradients[index], index=index, coefficient=2.0)
     if parameter is not None:
-        assert_parameter_gradient(parameter.grad, wanted.parameter_gradient)
+        assert_parameter_gradient(parameter.grad, wanted.parameter_gradient, wanted.parameter_scales)
 
 
 @each_parametric_penalty
@@ -119,7 +119,7 @@ def test_upstream_gradients(backend: str, weights: list[Tensor], penalty: str) -
         assert_gradient(weight.grad, wanted.gradients[index], index=index, coefficient=3.0)
     assert not weights[1].grad.any()
     if parameter is not None:
-        assert_parameter_gradient(parameter.grad, wanted.parameter_gradient)
+        assert_parameter_gradient(parameter.grad, wanted.parameter_gradient, wanted.parameter_scales)
 
 
 @each_penalty

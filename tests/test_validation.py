@@ -144,24 +144,17 @@ def with_gradients(model: nn.Module) -> nn.Module:
     return model
 
 
-def gradients(*modules: nn.Module) -> dict[str, Tensor | None]:
-    named = {}
-    for index, module in enumerate(modules):
-        for name, parameter in module.named_parameters():
-            named[f"{index}.{name}"] = None if parameter.grad is None else parameter.grad.clone()
-    return named
-
-
-def assert_unchanged(before: dict[str, Tensor | None], after: dict[str, Tensor | None]) -> None:
-    assert before.keys() == after.keys()
-    for name, gradient in before.items():
-        other = after[name]
-        if gradient is None:
-            assert other is None, name
-        else:
-            assert other is not None, name
-            assert gradient.shape == other.shape, name
-            assert gradient.untyped_storage().tolist() == other.untyped_storage().tolist(), name
+def gradients(*modules: nn.Module) -> list[Any]:
+    """The values of all gradients there are, to compare."""
+    found: list[Any] = []
+    for module in modules:
+        for parameter in module.parameters():
+            gradient = parameter.grad
+            if gradient is None or gradient.device.type == "meta":
+                found.append(None)
+            else:
+                found.append((gradient.to_dense() if gradient.layout is not torch.strided else gradient).tolist())
+    return found
 
 
 @pytest.mark.parametrize("penalty", ["l2", "", "Linf", None, 3])
@@ -191,7 +184,7 @@ def test_a_name_without_a_tensor() -> None:
 
 def test_one_name_for_two_parameters() -> None:
     """Results by name would lose one of them."""
-    with pytest.raises(ValueError, match="model: expected .*name.*'same'"):
+    with pytest.raises(ValueError, match=r"model: expected .*name.*'same'"):
         RangeRegularizer([("same", nn.Parameter(torch.ones(2, 2))), ("same", nn.Parameter(torch.ones(2, 2)))])
 
 
@@ -202,7 +195,7 @@ def test_nothing_to_regularize(model: Any) -> None:
 
 
 def test_a_pattern_that_matches_nothing() -> None:
-    with pytest.raises(ValueError, match="expected at least one weight|include"):
+    with pytest.raises(ValueError, match=r"expected at least one weight|include"):
         RangeRegularizer(Model(), include="frist*")
 
 
@@ -271,7 +264,7 @@ def test_a_schedule_that_returns_no_number(returned: Any) -> None:
     before = gradients(model, reg)
     with pytest.raises(TypeError, match="strength"):
         reg.add_gradients_()
-    assert_unchanged(before, gradients(model, reg))
+    assert gradients(model, reg) == before
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
@@ -286,7 +279,8 @@ def _freeze(model: Model) -> None:
 
 
 def _sparse_gradient(model: Model) -> None:
-    model.third = nn.Embedding(8, 3, sparse=True)
+    model.third.sparse = True
+    model.third.weight.grad = None
     model.third(torch.tensor([1, 2])).sum().backward()
 
 
@@ -299,7 +293,7 @@ def _other_shape(model: Model) -> None:
 
 
 def _other_layout(model: Model) -> None:
-    model.second.weight.data = torch.randn(7, 6).to_sparse()
+    model.second.weight = nn.Parameter(torch.randn(7, 6).to_sparse())
 
 
 def _empty(model: Model) -> None:
@@ -337,10 +331,9 @@ CHANGES: dict[str, tuple[Callable[[Model], None], tuple[type[Exception], ...], s
 }
 
 
-@pytest.mark.parametrize("backend_name", ["default", "reference"])
 @each_penalty
 @pytest.mark.parametrize("change", CHANGES)
-def test_errors_come_before_any_gradient_changes(penalty: str, change: str, backend_name: str) -> None:
+def test_errors_come_before_any_gradient_changes(backend: str, penalty: str, change: str) -> None:
     model = Model()
     reg = RangeRegularizer(model, penalty)
     with_gradients(model)
@@ -348,26 +341,10 @@ def test_errors_come_before_any_gradient_changes(penalty: str, change: str, back
         next(reg.parameters()).grad = torch.randn(3)
     make, errors, message = CHANGES[change]
     make(model)
-    before = gradients_as_lists(model, reg)
+    before = gradients(model, reg)
     with pytest.raises(errors, match=message):
-        if backend_name == "default":
-            reg.add_gradients_()
-        else:
-            with r2_kernels.use_backend(backend_name):
-                reg.add_gradients_()
-    assert gradients_as_lists(model, reg) == before
-
-
-def gradients_as_lists(*modules: nn.Module) -> list[Any]:
-    found: list[Any] = []
-    for module in modules:
-        for parameter in module.parameters():
-            gradient = parameter.grad
-            if gradient is None or gradient.device.type == "meta":
-                found.append(None)
-            else:
-                found.append((gradient.to_dense() if gradient.layout is not torch.strided else gradient).tolist())
-    return found
+        reg.add_gradients_()
+    assert gradients(model, reg) == before
 
 
 @each_parametric_penalty
@@ -376,28 +353,28 @@ def test_a_parameter_replaced_by_one_of_the_wrong_shape(penalty: str, wrong: Ten
     model = with_gradients(Model())
     reg = RangeRegularizer(model, penalty)
     setattr(reg, str(PARAMETERS[penalty]), nn.Parameter(wrong))
-    before = gradients_as_lists(model, reg)
+    before = gradients(model, reg)
     for use in (reg, reg.add_gradients_, reg.losses):
         with pytest.raises(ValueError, match=rf"{PARAMETERS[penalty]}: expected shape \(3,\)"):
             use()
-    assert gradients_as_lists(model, reg) == before
+    assert gradients(model, reg) == before
 
 
 @pytest.mark.parametrize("scale", [torch.ones(2), torch.ones(4), "2", torch.ones(3, 3)], ids=repr)
 def test_a_scale_that_is_no_number(scale: Any) -> None:
     model = with_gradients(Model())
     reg = RangeRegularizer(model)
-    before = gradients_as_lists(model, reg)
+    before = gradients(model, reg)
     with pytest.raises((TypeError, ValueError), match="scale"):
         reg.add_gradients_(scale=scale)
-    assert gradients_as_lists(model, reg) == before
+    assert gradients(model, reg) == before
 
 
 def test_a_weight_that_is_computed_cannot_take_a_gradient_in_place() -> None:
     """Its .grad is not what the optimizer sees."""
     computed = nn.Parameter(torch.randn(3, 3)) * 2
     reg = RangeRegularizer([("computed", computed)])
-    with pytest.raises(ValueError, match="'computed'.*leaf"):
+    with pytest.raises(ValueError, match=r"'computed'.*leaf"):
         reg.add_gradients_()
 
 
@@ -408,5 +385,4 @@ def test_the_good_model_is_good() -> None:
     before = gradients(model)
     reg.add_gradients_()
     after = gradients(model)
-    assert not torch.equal(before["0.first.weight"], after["0.first.weight"])
-    assert torch.equal(before["0.first.bias"], after["0.first.bias"])
+    assert [one != other for one, other in zip(before, after, strict=True)] == [True, False, True, False, True]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from oracle import Expected
+from oracle import NOISE, Expected
 from torch import Tensor
 
 
@@ -27,8 +27,6 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(1e-6, 1e-5, 2**-8, 2**-134),
     torch.float16: Tolerance(1e-6, 1e-5, 2**-11, 2**-25),
 }
-# The oracle's own rounding in float64, per element of 1/n: it matters where the true gradient is zero.
-ORACLE_NOISE = 1e-14
 
 
 def assert_values(actual: Tensor, expected: Tensor, weights: Sequence[Tensor], scales: Tensor | None = None) -> None:
@@ -51,19 +49,17 @@ def assert_gradient(
         return
     finite = expected[expected.isfinite()].abs()
     largest = finite.max().item() if finite.numel() else 0.0
-    noise = ORACLE_NOISE * abs(coefficient) / expected.numel()
+    noise = NOISE * abs(coefficient) / expected.numel()
     total = expected if before is None else expected + before.detach().cpu().double()
     allowed = tolerance.gradient * largest + tolerance.storage * total.abs() + tolerance.smallest + noise
     _assert_within(actual, total, allowed, f"gradient {index}")
 
 
-def assert_parameter_gradient(
-    actual: Tensor, expected: Tensor, scales: Tensor | None = None, noise: Tensor | float = 0.0
-) -> None:
+def assert_parameter_gradient(actual: Tensor, expected: Tensor, scales: Tensor | None = None) -> None:
     """The gradient of M or the temperature, relative to itself, or to ``scales`` where it is a difference."""
     tolerance = TOLERANCES[actual.dtype]
     scales = expected.abs() if scales is None else scales
-    allowed = tolerance.gradient * scales + tolerance.storage * expected.abs() + tolerance.smallest + noise
+    allowed = tolerance.gradient * scales + tolerance.storage * expected.abs() + tolerance.smallest
     _assert_within(actual, expected, allowed, "parameter gradient")
 
 
@@ -71,14 +67,14 @@ def assert_all(
     values: Tensor, weights: Sequence[Tensor], parameter: Tensor | None, expected: Expected, coefficients: Tensor
 ) -> None:
     """Values, the weights' ``.grad`` and the parameter's, after ``backward`` with ``coefficients``."""
-    assert_values(values.detach(), expected.values, weights)
+    assert_values(values.detach(), expected.values, weights, expected.value_scales)
     for index, (weight, gradient) in enumerate(zip(weights, expected.gradients, strict=True)):
         assert weight.grad is not None, f"gradient {index} is missing"
         assert weight.grad.dtype is weight.dtype
         assert_gradient(weight.grad, gradient, index=index, coefficient=coefficients[index].item())
     if parameter is not None:
         assert parameter.grad is not None
-        assert_parameter_gradient(parameter.grad, expected.parameter_gradient)
+        assert_parameter_gradient(parameter.grad, expected.parameter_gradient, expected.parameter_scales)
 
 
 def _assert_within(actual: Tensor, expected: Tensor, allowed: Tensor | float, what: str) -> None:
