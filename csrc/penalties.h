@@ -90,63 +90,64 @@ R2_INLINE V select(Mask mask, V if_true, V if_false) {
 
 // ---- exponentials --------------------------------------------------------------------------------------------------
 
-// cosh(t) - 1 = even and sinh(t) = odd for |t| <= 0.5, each to the last bit or so: exp(±t) - 1 = even ± odd, with no
-// cancellation however small t is.
-template <class V>
-struct Hyperbolic {
-  V even, odd;
+constexpr double kLog2E = 1.44269504088896340736;
+constexpr double kLn2 = 0.69314718055994530942;
 
-  R2_INLINE explicit Hyperbolic(V t) {
-    using T = lane_t<V>;
-    const V square = t * t;
-    V c, s;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      c = broadcast<V>(1.0 / 40320);
-      s = broadcast<V>(1.0 / 5040);
-    } else {
-      c = (square * T(1.0 / 87178291200.0) + T(1.0 / 479001600)) * square + T(1.0 / 3628800);
-      c = c * square + T(1.0 / 40320);
-      s = (square * T(1.0 / 6227020800.0) + T(1.0 / 39916800)) * square + T(1.0 / 362880);
-      s = s * square + T(1.0 / 5040);
-    }
-    c = ((c * square + T(1.0 / 720)) * square + T(1.0 / 24)) * square + T(0.5);
-    s = (s * square + T(1.0 / 120)) * square + T(1.0 / 6);
-    even = c * square;
-    odd = (s * square) * t + t;
-  }
-};
+constexpr double inverse_factorial(int k) { return k == 0 ? 1 : inverse_factorial(k - 1) / k; }
+constexpr double power(double x, int k) { return k == 0 ? 1 : power(x, k - 1) * x; }
 
-// exp(t) and exp(-t) for |t| <= 80 from one range reduction: t = n·ln 2 + r, exp(±t) = 2^±n · (1 + even(r) ± odd(r)).
+// 2^t and 2^-t for |t| <= 120 from one range reduction: with t = n + r, |r| <= 1/2, they are
+// 2^±n · (cosh(r ln 2) ± sinh(r ln 2)). Relative error below 1e-7 for float, 1e-15 for double, but for the rounding of t.
+// A NaN in t may become any number: the caller multiplies with something that is NaN too.
 template <class V>
-struct Exponentials {
+struct PowersOfTwo {
   V up, down;
 
-  R2_INLINE explicit Exponentials(V t) {
+  R2_INLINE explicit PowersOfTwo(V t) {
     using T = lane_t<V>;
     constexpr bool kIsFloat = sizeof(T) == sizeof(float);
-    // Adding 1.5 · 2^(mantissa bits) rounds to an integer n, whose bits are then the low bits of the sum.
+    // Adding 1.5 · 2^(mantissa bits) rounds to an integer n, whose bits are then the low bits of the sum: shifted to
+    // where the exponent is, they multiply by 2^n when they are added.
     constexpr T kRound = kIsFloat ? T(12582912) : T(6755399441055744);
-    constexpr int kMantissa = kIsFloat ? 23 : 52;
-    constexpr int kBias = kIsFloat ? 127 : 1023;
-    // ln 2 in two parts, the first short enough for n · part to be exact.
-    constexpr T kHigh = kIsFloat ? T(0.693145751953125) : T(0.6931471803691238);
-    constexpr T kLow = kIsFloat ? T(1.42860682030941723212e-6) : T(1.9082149292705877e-10);
-    const V rounded = t * T(1.44269504088896340736) + kRound;
-    const V n = rounded - kRound;
-    const Hyperbolic<V> r((t - n * kHigh) - n * kLow);
-    const V base = broadcast<V>(1) + r.even;
-    // A NaN in t makes garbage of n, but stays one in `base`, which the garbage only multiplies.
-    up = (base + r.odd) * from_bits<V>((to_bits(rounded) + kBias) << kMantissa);
-    down = (base - r.odd) * from_bits<V>((kBias - to_bits(rounded)) << kMantissa);
+    constexpr int kMantissaBits = kIsFloat ? 23 : 52;
+    const V rounded = t + kRound;
+    const V r = t - (rounded - kRound);
+    const auto exponent = to_bits(rounded) << kMantissaBits;
+    const V square = r * r;
+    V even = broadcast<V>(kIsFloat ? coefficient(6) : coefficient(14));
+    V odd = broadcast<V>(kIsFloat ? 0.00134003851 : coefficient(13));
+    if constexpr (kIsFloat) {
+      even = even * square + T(coefficient(4));
+      odd = odd * square + T(0.0555032721);  // least maximum error of three terms, 2e-9
+    } else {
+      even = even * square + T(coefficient(12));
+      even = even * square + T(coefficient(10));
+      even = even * square + T(coefficient(8));
+      even = even * square + T(coefficient(6));
+      even = even * square + T(coefficient(4));
+      odd = odd * square + T(coefficient(11));
+      odd = odd * square + T(coefficient(9));
+      odd = odd * square + T(coefficient(7));
+      odd = odd * square + T(coefficient(5));
+      odd = odd * square + T(coefficient(3));
+    }
+    even = even * square + T(coefficient(2));
+    even = even * square + T(1);
+    odd = (odd * square + T(coefficient(1))) * r;
+    up = from_bits<V>(to_bits(even + odd) + exponent);
+    down = from_bits<V>(to_bits(even - odd) - exponent);
   }
+
+  // Of r^k in the series of 2^r.
+  static constexpr double coefficient(int k) { return power(kLn2, k) * inverse_factorial(k); }
 };
 
-// exp(t) for t <= 0, zero below -80.
+// 2^t for t <= 0, zero below -115.
 template <class V>
-R2_INLINE V exponential_of_negative(V t) {
-  const V zero = broadcast<V>(0), limit = broadcast<V>(-80);
+R2_INLINE V negative_power_of_two(V t) {
+  const V zero = broadcast<V>(0), limit = broadcast<V>(-115);
   const auto is_below = t < limit;
-  return select(is_below, zero, Exponentials<V>(select(is_below, zero, t)).up);
+  return select(is_below, zero, PowersOfTwo<V>(select(is_below, zero, t)).up);
 }
 
 // What finalize() returns: the penalty's value and its gradient with respect to M or the temperature.
@@ -163,24 +164,30 @@ struct LInf {
   static constexpr bool kIsSparse = true;
   static constexpr bool kIsOnePass = false;
 
+  // A NaN, whose bits are larger than those of any number, comes and stays.
   template <class V>
-  struct Sums {
-    V fields[2];  // the maximum, and how many entries reach it
+  struct Maximum {
+    V fields[1];
 
-    R2_INLINE Sums() : Sums(V{}, V{}) {}
-    R2_INLINE Sums(V maximum, V count) : fields{maximum, count} {}
-
-    R2_INLINE void add(V w) { merge(abs(w), broadcast<V>(1)); }
-    R2_INLINE void merge(const Sums& other) { merge(other.fields[0], other.fields[1]); }
+    R2_INLINE Maximum() : fields{V{}} {}
+    R2_INLINE void add(V w) { include(abs(w)); }
+    R2_INLINE void merge(const Maximum& other) { include(other.fields[0]); }
 
    private:
-    R2_INLINE void merge(V maximum, V count) {
-      const V zero = broadcast<V>(0);
-      const auto is_larger = (maximum > fields[0]) | (maximum != maximum);  // a NaN comes, and stays
-      fields[1] = select(is_larger, zero, fields[1]);
-      fields[0] = select(is_larger, maximum, fields[0]);
-      fields[1] = fields[1] + select(maximum == fields[0], count, zero);
+    R2_INLINE void include(V magnitude) {
+      const auto a = to_bits(magnitude), b = to_bits(fields[0]);
+      fields[0] = from_bits<V>(select(a > b, a, b));
     }
+  };
+
+  template <class V>
+  struct Count {
+    V fields[1];
+    V maximum;
+
+    R2_INLINE explicit Count(double maximum) : fields{V{}}, maximum(broadcast<V>(maximum)) {}
+    R2_INLINE void add(V w) { fields[0] = fields[0] + select(abs(w) == maximum, broadcast<V>(1), broadcast<V>(0)); }
+    R2_INLINE void merge(const Count& other) { fields[0] = fields[0] + other.fields[0]; }
   };
 
   struct Row {
@@ -188,9 +195,12 @@ struct LInf {
 
     static Row empty() { return {0, 0}; }
     void merge(const Row& other, double /*parameter*/) {
-      Sums<double> sums(maximum, count);
-      sums.merge(Sums<double>(other.maximum, other.count));
-      *this = {sums.fields[0], sums.fields[1]};
+      const bool is_larger = other.maximum > maximum || other.maximum != other.maximum;
+      if (is_larger) {
+        *this = other;
+      } else if (other.maximum == maximum) {
+        count += other.count;
+      }
     }
     Value finalize(double /*parameter*/) const { return {maximum, 0}; }
     // Whether a chunk with this row may hold an entry with a gradient, in a segment with the other.
@@ -213,8 +223,9 @@ struct LInf {
 
   template <class Chunk>
   static Row reduce(const Chunk& chunk, double /*parameter*/) {
-    const Sums<double> sums = chunk.template sum<Sums>();
-    return {sums.fields[0], sums.fields[1]};
+    // The second look finds the chunk in the cache.
+    const double maximum = chunk.template sum<Maximum>().fields[0];
+    return {maximum, chunk.template sum<Count>(maximum).fields[0]};
   }
   template <class Chunk>
   static void apply(const Chunk& chunk, const Row& row, double /*parameter*/, double coefficient) {
@@ -319,16 +330,18 @@ struct SoftMinMax {
     }
   };
 
-  // What the exponentials of a chunk's sums, or of a segment's slopes, are anchored to. `center` is the middle of the
-  // extremes as a lane of type T holds it, and `half` = |a|·(maximum - minimum) / 2 decides how they are computed.
+  // What the exponentials of a chunk's sums, or of a segment's slopes, are anchored to: `center` is the middle of the
+  // extremes as a lane of type T holds it, `reach` the distance from there to either, and `half` = |a|·reach decides how
+  // they are computed.
   enum class Regime {
-    kSmall,   // half <= 0.5: cosh - 1 and sinh of t = |a|·(w - center); no exponential, no cancellation
-    kMiddle,  // half <= 20: one range reduction for exp(t) and exp(-t)
+    kTiny,    // by their series to the 6th power of x = (w - center) / reach: no exponential and no cancellation,
+    kSmall,   // the same to the 10th power,
+    kMiddle,  // one range reduction for exp(±|a|·(w - center)),
     kLarge    // above, and for whatever is not finite: an exponential of the distance to either end
   };
   template <class T>
   struct Frame {
-    double maximum, minimum, temperature, center, reach, half;
+    double maximum, minimum, temperature, center, reach, inverse_reach, half;
     Regime regime;
 
     Frame(double maximum, double minimum, double parameter)
@@ -337,67 +350,67 @@ struct SoftMinMax {
           temperature(std::fabs(parameter)),
           center(static_cast<T>(maximum / 2 + minimum / 2)),
           reach(maximum / 2 - minimum / 2),
+          // Entries too close together for T to divide by their distance are at the center.
+          inverse_reach(reach >= 4 * static_cast<double>(std::numeric_limits<T>::min()) ? 1 / reach : 0),
           half(temperature * reach),
-          regime(half <= 0.5 ? Regime::kSmall : half <= 20 ? Regime::kMiddle : Regime::kLarge) {}
+          regime(half <= kTinyLimit    ? Regime::kTiny
+                 : half <= kSmallLimit ? Regime::kSmall
+                 : half <= 30          ? Regime::kMiddle
+                                       : Regime::kLarge) {}
+
+    // Where what the series leave out is below the rounding of T: docs/derivation.md.
+    static constexpr double kTinyLimit = sizeof(T) == sizeof(float) ? 0.2 : 0.002;
+    static constexpr double kSmallLimit = sizeof(T) == sizeof(float) ? 1 : 0.1;
   };
 
-  template <class V>
+  template <class V, int kCount>
   struct AdditiveSums {
-    V fields[6];
+    V fields[kCount];
 
-    R2_INLINE AdditiveSums() : fields{V{}, V{}, V{}, V{}, V{}, V{}} {}
-
+    R2_INLINE AdditiveSums() {
+      for (int i = 0; i < kCount; ++i) fields[i] = V{};
+    }
     R2_INLINE void merge(const AdditiveSums& other) {
-      for (int i = 0; i < 6; ++i) fields[i] = fields[i] + other.fields[i];
+      for (int i = 0; i < kCount; ++i) fields[i] = fields[i] + other.fields[i];
     }
   };
 
-  // Of x = (w - center) / reach, with exp(±|a|·(w - center)) = 1 + even ± odd: the even and the odd part of the sums of
-  // exp - 1, x·exp and x²·exp.
-  template <class V>
-  struct SmallSums : AdditiveSums<V> {
-    V center, inverse_reach, half;
+  // x, x², ... to the power kOrder.
+  template <class V, int kOrder>
+  struct PowerSums : AdditiveSums<V, kOrder> {
+    V center, inverse_reach;
 
     template <class T>
-    R2_INLINE explicit SmallSums(const Frame<T>& frame)
-        : center(broadcast<V>(frame.center)),
-          inverse_reach(broadcast<V>(usable_inverse<T>(frame.reach))),
-          half(broadcast<V>(frame.half)) {}
+    R2_INLINE explicit PowerSums(const Frame<T>& frame)
+        : center(broadcast<V>(frame.center)), inverse_reach(broadcast<V>(frame.inverse_reach)) {}
 
     R2_INLINE void add(V w) {
-      const V x = (w - center) * inverse_reach;
-      const Hyperbolic<V> exponential(half * x);
-      const V even = x * exponential.even + x, odd = x * exponential.odd;
-      auto& sums = this->fields;
-      sums[0] = sums[0] + exponential.even;
-      sums[1] = sums[1] + exponential.odd;
-      sums[2] = sums[2] + even;
-      sums[3] = sums[3] + odd;
-      sums[4] = x * even + sums[4];
-      sums[5] = x * odd + sums[5];
-    }
-
-    // Where every entry is the center, or too close to it for T, x is 0.
-    template <class T>
-    static R2_INLINE double usable_inverse(double reach) {
-      return reach >= 4 * static_cast<double>(std::numeric_limits<T>::min()) ? 1 / reach : 0;
+      V powers[kOrder / 2 + 1];
+      powers[1] = (w - center) * inverse_reach;
+      for (int k = 2; k <= kOrder / 2; ++k) powers[k] = powers[k / 2] * powers[k - k / 2];
+      this->fields[0] = this->fields[0] + powers[1];
+      for (int k = 2; k <= kOrder; ++k) this->fields[k - 1] = powers[k / 2] * powers[k - k / 2] + this->fields[k - 1];
     }
   };
+  template <class V>
+  using TinySums = PowerSums<V, 6>;
+  template <class V>
+  using SmallSums = PowerSums<V, 10>;
 
   // exp(±|a|·(w - center)) times 1, u and u², u being the distance to the maximum (first three) or to the minimum.
   template <class V>
-  struct MiddleSums : AdditiveSums<V> {
+  struct MiddleSums : AdditiveSums<V, 6> {
     V center, temperature, maximum, minimum;
 
     template <class T>
     R2_INLINE explicit MiddleSums(const Frame<T>& frame)
         : center(broadcast<V>(frame.center)),
-          temperature(broadcast<V>(frame.temperature)),
+          temperature(broadcast<V>(frame.temperature * kLog2E)),
           maximum(broadcast<V>(frame.maximum)),
           minimum(broadcast<V>(frame.minimum)) {}
 
     R2_INLINE void add(V w) {
-      const Exponentials<V> exponential((w - center) * temperature);
+      const PowersOfTwo<V> exponential((w - center) * temperature);
       add_moments(this->fields, w - maximum, exponential.up);
       add_moments(this->fields + 3, w - minimum, exponential.down);
     }
@@ -405,19 +418,19 @@ struct SoftMinMax {
 
   // The same with exp(|a|·(w - maximum)) and exp(-|a|·(w - minimum)).
   template <class V>
-  struct LargeSums : AdditiveSums<V> {
+  struct LargeSums : AdditiveSums<V, 6> {
     V temperature, maximum, minimum;
 
     template <class T>
     R2_INLINE explicit LargeSums(const Frame<T>& frame)
-        : temperature(broadcast<V>(frame.temperature)),
+        : temperature(broadcast<V>(frame.temperature * kLog2E)),
           maximum(broadcast<V>(frame.maximum)),
           minimum(broadcast<V>(frame.minimum)) {}
 
     R2_INLINE void add(V w) {
       const V upper = finite(w - maximum), lower = finite(w - minimum);
-      add_moments(this->fields, upper, exponential_of_negative(temperature * upper));
-      add_moments(this->fields + 3, lower, exponential_of_negative(-temperature * lower));
+      add_moments(this->fields, upper, negative_power_of_two(temperature * upper));
+      add_moments(this->fields + 3, lower, negative_power_of_two(-temperature * lower));
     }
 
     // A distance beyond the largest number has weight 0, and 0 times it must be 0.
@@ -486,61 +499,68 @@ struct SoftMinMax {
     }
   };
 
-  // The slope is p·(1 + |a|·(w - s_max)) - q·(1 - |a|·(w - s_min)) times the coefficient, negated for a negative a.
-  // `upper` and `lower` below are |a|·(w - s_max) and |a|·(w - s_min), less t.
-
-  // With p = (1 + P)/Z and q = (1 + Q)/Z, which leaves no difference of nearly equal numbers as a goes to 0. Any Z
-  // would do: the mean of both ends' makes P and Q small.
-  template <class V>
-  struct SmallSlope {
-    V center, temperature, p_ratio, p_excess, q_ratio, q_excess, upper, lower, coefficient;
+  // The slope p·(1 + |a|·(w - s_max)) - q·(1 - |a|·(w - s_min)), negated for a negative a, in terms of t = |a|·(w -
+  // center): p_scale·exp(t)·(upper + t) - q_scale·exp(-t)·(lower - t).
+  struct SlopeConstants {
+    double p_scale, q_scale, upper, lower;
 
     template <class T>
-    R2_INLINE SmallSlope(const Frame<T>& frame, const Row& row, double coefficient) {
-      const double a = frame.temperature;
-      const double z_upper = row.upper.z * std::exp(a * (frame.maximum - frame.center));
-      const double z_lower = row.lower.z * std::exp(-a * (frame.minimum - frame.center));
-      const double mean = (z_upper + z_lower) / 2, difference = (z_lower - z_upper) / 2;
-      center = broadcast<V>(frame.center);
-      temperature = broadcast<V>(a);
-      p_ratio = broadcast<V>(mean / z_upper);
-      p_excess = broadcast<V>(difference / z_upper);
-      q_ratio = broadcast<V>(mean / z_lower);
-      q_excess = broadcast<V>(-difference / z_lower);
-      upper = broadcast<V>(a * (frame.center - frame.maximum - row.upper.mean()));
-      lower = broadcast<V>(a * (frame.center - frame.minimum - row.lower.mean()));
-      this->coefficient = broadcast<V>(coefficient / mean);
+    SlopeConstants(const Frame<T>& frame, const Row& row, double coefficient)
+        : p_scale(coefficient * std::exp(frame.temperature * (frame.center - frame.maximum)) / row.upper.z),
+          q_scale(coefficient * std::exp(-frame.temperature * (frame.center - frame.minimum)) / row.lower.z),
+          upper(1 + frame.temperature * (frame.center - frame.maximum - row.upper.mean())),
+          lower(1 - frame.temperature * (frame.center - frame.minimum - row.lower.mean())) {}
+  };
+
+  // Its series in x. The coefficients are differences of nearly equal numbers as a goes to 0, so they are taken in
+  // float64.
+  template <class V, int kOrder>
+  struct SeriesSlope {
+    V center, inverse_reach, coefficients[kOrder + 1];
+
+    template <class T>
+    R2_INLINE SeriesSlope(const Frame<T>& frame, const Row& row, double coefficient)
+        : center(broadcast<V>(frame.center)), inverse_reach(broadcast<V>(frame.inverse_reach)) {
+      const SlopeConstants constants(frame, row, coefficient);
+      double p = constants.p_scale, q = constants.q_scale;  // times (±half)^k / k!
+      for (int k = 0; k <= kOrder; ++k) {
+        coefficients[k] = broadcast<V>(p * (constants.upper + k) - q * (constants.lower + k));
+        p *= frame.half / (k + 1);
+        q *= -frame.half / (k + 1);
+      }
     }
+
     R2_INLINE V operator()(V w) const {
-      const V t = (w - center) * temperature;
-      const Hyperbolic<V> exponential(t);
-      const V p = p_ratio * (exponential.even + exponential.odd) + p_excess;
-      const V q = q_ratio * (exponential.even - exponential.odd) + q_excess;
-      const V above = t + upper, below = t + lower;
-      // P·(1 + above) - Q·(1 - below) + above + below
-      return coefficient * ((p * above + (p - q)) + (q * below + (above + below)));
+      const V x = (w - center) * inverse_reach;
+      V slope = coefficients[kOrder];
+      for (int k = kOrder - 1; k >= 0; --k) slope = slope * x + coefficients[k];
+      return slope;
     }
   };
+  template <class V>
+  using TinySlope = SeriesSlope<V, 6>;
+  template <class V>
+  using SmallSlope = SeriesSlope<V, 10>;
 
   template <class V>
   struct MiddleSlope {
     V center, temperature, p_scale, q_scale, upper, lower;
 
     template <class T>
-    R2_INLINE MiddleSlope(const Frame<T>& frame, const Row& row, double coefficient)
-        : center(broadcast<V>(frame.center)),
-          temperature(broadcast<V>(frame.temperature)),
-          p_scale(broadcast<V>(coefficient * std::exp(-frame.temperature * (frame.maximum - frame.center)) /
-                               row.upper.z)),
-          q_scale(broadcast<V>(coefficient * std::exp(frame.temperature * (frame.minimum - frame.center)) /
-                               row.lower.z)),
-          upper(broadcast<V>(1 + frame.temperature * (frame.center - frame.maximum - row.upper.mean()))),
-          lower(broadcast<V>(1 - frame.temperature * (frame.center - frame.minimum - row.lower.mean()))) {}
+    R2_INLINE MiddleSlope(const Frame<T>& frame, const Row& row, double coefficient) {
+      const SlopeConstants constants(frame, row, coefficient);
+      center = broadcast<V>(frame.center);
+      temperature = broadcast<V>(frame.temperature * kLog2E);
+      p_scale = broadcast<V>(constants.p_scale * kLn2);
+      q_scale = broadcast<V>(constants.q_scale * kLn2);
+      upper = broadcast<V>(constants.upper * kLog2E);
+      lower = broadcast<V>(constants.lower * kLog2E);
+    }
 
     R2_INLINE V operator()(V w) const {
       const V t = (w - center) * temperature;
-      const Exponentials<V> exponential(t);
-      return (p_scale * exponential.up) * (upper + t) - (q_scale * exponential.down) * (lower - t);
+      const PowersOfTwo<V> exponential(t);
+      return (p_scale * (upper + t)) * exponential.up - (q_scale * (lower - t)) * exponential.down;
     }
   };
 
@@ -550,22 +570,22 @@ struct SoftMinMax {
 
     template <class T>
     R2_INLINE LargeSlope(const Frame<T>& frame, const Row& row, double coefficient)
-        : temperature(broadcast<V>(frame.temperature)),
+        : temperature(broadcast<V>(frame.temperature * kLog2E)),
           maximum(broadcast<V>(frame.maximum)),
           minimum(broadcast<V>(frame.minimum)),
-          p_scale(broadcast<V>(coefficient / row.upper.z)),
-          q_scale(broadcast<V>(coefficient / row.lower.z)),
-          upper(broadcast<V>(1 - frame.temperature * row.upper.mean())),
-          lower(broadcast<V>(1 + frame.temperature * row.lower.mean())) {}
+          p_scale(broadcast<V>(coefficient / row.upper.z * kLn2)),
+          q_scale(broadcast<V>(coefficient / row.lower.z * kLn2)),
+          upper(broadcast<V>((1 - frame.temperature * row.upper.mean()) * kLog2E)),
+          lower(broadcast<V>((1 + frame.temperature * row.lower.mean()) * kLog2E)) {}
 
     R2_INLINE V operator()(V w) const {
       const V above = bounded((w - maximum) * temperature), below = bounded((minimum - w) * temperature);
-      return (p_scale * exponential_of_negative(above)) * (upper + above) -
-             (q_scale * exponential_of_negative(below)) * (lower + below);
+      return (p_scale * (upper + above)) * negative_power_of_two(above) -
+             (q_scale * (lower + below)) * negative_power_of_two(below);
     }
 
-    // Below -80 the exponential is 0, and 0 times an infinite distance must be 0.
-    static R2_INLINE V bounded(V t) { return select(t < broadcast<V>(-100), broadcast<V>(-100), t); }
+    // Below -115 the power is 0, and 0 times an infinite distance must be 0.
+    static R2_INLINE V bounded(V t) { return select(t < broadcast<V>(-120), broadcast<V>(-120), t); }
   };
 
   template <class Chunk>
@@ -573,8 +593,10 @@ struct SoftMinMax {
     const Extent<double> extent = chunk.template sum<Extent>();
     const Frame<typename Chunk::Scalar> frame(extent.fields[0], extent.fields[1], parameter);
     switch (frame.regime) {
+      case Regime::kTiny:
+        return series_row(frame, chunk.size(), chunk.template sum<TinySums>(frame).fields);
       case Regime::kSmall:
-        return small_row(frame, chunk.template sum<SmallSums>(frame).fields, static_cast<double>(chunk.size()));
+        return series_row(frame, chunk.size(), chunk.template sum<SmallSums>(frame).fields);
       case Regime::kMiddle:
         return middle_row(frame, chunk.template sum<MiddleSums>(frame).fields);
       default:
@@ -587,6 +609,8 @@ struct SoftMinMax {
     const Frame<typename Chunk::Scalar> frame(row.maximum, row.minimum, parameter);
     const double signed_coefficient = parameter < 0 ? -coefficient : coefficient;
     switch (frame.regime) {
+      case Regime::kTiny:
+        return chunk.template apply<TinySlope>(frame, row, signed_coefficient);
       case Regime::kSmall:
         return chunk.template apply<SmallSlope>(frame, row, signed_coefficient);
       case Regime::kMiddle:
@@ -597,14 +621,22 @@ struct SoftMinMax {
   }
 
  private:
-  template <class T>
-  static Row small_row(const Frame<T>& frame, const double (&sums)[6], double count) {
-    const double reach = SmallSums<T>::template usable_inverse<T>(frame.reach) == 0 ? 0 : frame.reach;
-    const double a = frame.temperature;
-    const Moments up{count + (sums[0] + sums[1]), reach * (sums[2] + sums[3]), reach * reach * (sums[4] + sums[5])};
-    const Moments down{count + (sums[0] - sums[1]), reach * (sums[2] - sums[3]), reach * reach * (sums[4] - sums[5])};
-    return {frame.maximum, frame.minimum, up.shifted(frame.center - frame.maximum, a),
-            down.shifted(frame.center - frame.minimum, -a)};
+  // The moments of d = w - center are power series in ±half whose coefficients are the sums of powers.
+  template <class T, int kOrder>
+  static Row series_row(const Frame<T>& frame, int64_t count, const double (&sums)[kOrder]) {
+    Moments up{}, down{};
+    double weight = 1;  // half^k / k!
+    for (int k = 0; k <= kOrder; ++k) {
+      const Moments term{k == 0 ? static_cast<double>(count) : sums[k - 1], k + 1 <= kOrder ? sums[k] : 0,
+                         k + 2 <= kOrder ? sums[k + 1] : 0};
+      up = up + term.scaled(weight);
+      down = down + term.scaled(k % 2 == 0 ? weight : -weight);
+      weight *= frame.half / (k + 1);
+    }
+    const double reach = frame.inverse_reach == 0 ? 0 : frame.reach;
+    const auto in_units = [=](const Moments& m) { return Moments{m.z, reach * m.s, reach * reach * m.q}; };
+    return {frame.maximum, frame.minimum, in_units(up).shifted(frame.center - frame.maximum, frame.temperature),
+            in_units(down).shifted(frame.center - frame.minimum, -frame.temperature)};
   }
   template <class T>
   static Row middle_row(const Frame<T>& frame, const double (&sums)[6]) {

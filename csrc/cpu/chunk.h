@@ -28,8 +28,28 @@ class Chunk {
   // The sums over all entries, each lane's constructed from `arguments`.
   template <template <class> class Sums, class... Arguments>
   Sums<double> sum(const Arguments&... arguments) const {
-    return add_up(Sums<Vector>(arguments...), Sums<Scalar>(arguments...), Sums<double>(arguments...),
-                  [](const auto& /*w*/, int64_t /*i*/) {});
+    const Sums<Vector> zero(arguments...);
+    Sums<Vector> sums = zero;
+    int64_t i = 0;
+    while (i + kWidth <= size_) {
+      const int64_t stop = i + kBlock < size_ ? i + kBlock : size_;
+      Sums<Vector> block = zero, second_block = zero;  // two, so that one add need not wait for the last
+      for (; i + 2 * kWidth <= stop; i += 2 * kWidth) {
+        block.add(load(weight_ + i));
+        second_block.add(load(weight_ + i + kWidth));
+      }
+      if (i + kWidth <= stop) {
+        block.add(load(weight_ + i));
+        i += kWidth;
+      }
+      block.merge(second_block);
+      sums.merge(block);
+    }
+    Sums<double> total = fold(Sums<double>(arguments...), sums);
+    Sums<Scalar> rest(arguments...);
+    for (; i < size_; ++i) rest.add(static_cast<Scalar>(weight_[i]));
+    total.merge(converted(total, rest));
+    return total;
   }
 
   // The gradient of each entry.
@@ -42,60 +62,63 @@ class Chunk {
     for (; i < size_; ++i) put(scalar_slope(static_cast<Scalar>(weight_[i])), i);
   }
 
-  // Both in one pass, for slopes that need no statistics; gradients are touched only where the slope is nonzero.
-  template <template <class> class Sums, template <class> class Slope, class Parameter>
-  Sums<double> sum_and_apply(const Parameter& parameter, double coefficient) const {
+  // Both in one pass, for slopes that need no statistics. Gradients are touched only where the slope is nonzero; which
+  // vectors that are is noted without a branch, as one that is taken now and then costs more than the sums.
+  template <template <class> class Sums, template <class> class Slope>
+  Sums<double> sum_and_apply(double parameter, double coefficient) const {
     const Slope<Vector> slope(parameter, coefficient);
+    Sums<Vector> sums(parameter);
+    int64_t touched[kBlock / kWidth];
+    int64_t i = 0;
+    while (i + kWidth <= size_) {
+      const int64_t stop = i + kBlock < size_ ? i + kBlock : size_;
+      Sums<Vector> block(parameter);
+      int64_t count = 0;
+      for (; i + kWidth <= stop; i += kWidth) {
+        const Vector w = load(weight_ + i);
+        block.add(w);
+        const bool is_touched = any(slope.is_nonzero(w));
+        touched[count] = i;
+        count += is_touched;
+        __builtin_prefetch(is_touched ? static_cast<const void*>(gradient_ + i) : touched, 1);
+      }
+      for (int64_t k = 0; k < count; ++k) put(slope(load(weight_ + touched[k])), touched[k]);
+      sums.merge(block);
+    }
+    Sums<double> total = fold(Sums<double>(parameter), sums);
     const Slope<Scalar> scalar_slope(parameter, coefficient);
-    return add_up(Sums<Vector>(parameter), Sums<Scalar>(parameter), Sums<double>(parameter),
-                  [&](const auto& w, int64_t i) {
-                    if constexpr (sizeof(w) == sizeof(Vector)) {
-                      if (any(slope.is_nonzero(w))) put(slope(w), i);
-                    } else {
-                      if (scalar_slope.is_nonzero(w)) put(scalar_slope(w), i);
-                    }
-                  });
+    Sums<Scalar> rest(parameter);
+    for (; i < size_; ++i) {
+      const Scalar w = static_cast<Scalar>(weight_[i]);
+      rest.add(w);
+      if (scalar_slope.is_nonzero(w)) put(scalar_slope(w), i);
+    }
+    total.merge(converted(total, rest));
+    return total;
   }
 
  private:
   static constexpr int kWidth = kLanes<Vector>;
-  static constexpr int kUnroll = 2;
   // Entries added up in one go before they join the total: few enough that float32 sums of positive numbers stay
   // within a few units of the last place.
   static constexpr int64_t kBlock = 1024;
 
-  template <class VectorSums, class ScalarSums, class Total, class Visit>
-  Total add_up(const VectorSums& start, const ScalarSums& scalar_start, Total total, const Visit& visit) const {
-    VectorSums blocks = start;
-    int64_t i = 0;
-    while (i + kUnroll * kWidth <= size_) {
-      const int64_t stop = i + kBlock < size_ ? i + kBlock : size_;
-      VectorSums even = start, odd = start;
-      for (; i + kUnroll * kWidth <= stop; i += kUnroll * kWidth) {
-        const Vector first = load(weight_ + i), second = load(weight_ + i + kWidth);
-        even.add(first);
-        visit(first, i);
-        odd.add(second);
-        visit(second, i + kWidth);
-      }
-      even.merge(odd);
-      blocks.merge(even);
+  // All lanes of `sums`, merged in order.
+  template <class Total, class VectorSums>
+  static Total fold(Total total, const VectorSums& sums) {
+    Total lane = total;
+    constexpr size_t kFields = sizeof(total.fields) / sizeof(double);
+    Scalar lanes[kFields][kWidth];
+    __builtin_memcpy(lanes, sums.fields, sizeof(lanes));
+    for (int i = 0; i < kWidth; ++i) {
+      for (size_t field = 0; field < kFields; ++field) lane.fields[field] = lanes[field][i];
+      total.merge(lane);
     }
-    for (int lane = 0; lane < kWidth; ++lane) total.merge(as_double(total, blocks, [=](Vector v) { return v[lane]; }));
-    ScalarSums rest = scalar_start;
-    for (; i < size_; ++i) {
-      const Scalar w = static_cast<Scalar>(weight_[i]);
-      rest.add(w);
-      visit(w, i);
-    }
-    total.merge(as_double(total, rest, [](Scalar x) { return x; }));
     return total;
   }
-
-  template <class Total, class Sums, class Get>
-  static Total as_double(const Total& like, const Sums& sums, const Get& get) {
-    Total result = like;
-    for (size_t i = 0; i < sizeof(result.fields) / sizeof(double); ++i) result.fields[i] = get(sums.fields[i]);
+  template <class Total, class ScalarSums>
+  static Total converted(Total result, const ScalarSums& sums) {
+    for (size_t i = 0; i < sizeof(result.fields) / sizeof(double); ++i) result.fields[i] = sums.fields[i];
     return result;
   }
 
