@@ -293,6 +293,18 @@ def test_gradients_accumulate(backend: str, model: Model, penalty: str) -> None:
 
 
 @each_penalty
+def test_a_graph_that_saved_a_gradient_notices_the_change(backend: str, model: Model, penalty: str) -> None:
+    reg = RangeRegularizer(model, penalty)
+    for tensor in weights_of(model):
+        tensor.grad = torch.ones_like(tensor)
+    factor = torch.ones((), device=model.head.bias.device, requires_grad=True)
+    product = (factor * model.convolution.weight.grad).sum()
+    reg.add_gradients_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@each_penalty
 def test_some_gradients_are_there_and_some_are_not(backend: str, model: Model, penalty: str) -> None:
     reg = RangeRegularizer(model, penalty, strength=1.0)
     weights = weights_of(model)
