@@ -250,7 +250,7 @@ struct Margin {
     R2_INLINE void add(V w) {
       const V zero = broadcast<V>(0);
       const V excess = abs(w) - margin;
-      fields[0] = fields[0] + select(excess <= zero, zero, excess);  // asked this way round, a NaN stays
+      fields[0] = fields[0] + select(zero > excess, zero, excess);  // asked this way round, a NaN stays
       fields[1] = fields[1] + select(excess > zero, broadcast<V>(1), zero);
     }
     R2_INLINE void merge(const Sums& other) {
@@ -280,7 +280,7 @@ struct Margin {
     R2_INLINE Slope(double parameter, double coefficient)
         : margin(broadcast<V>(std::fabs(parameter))), coefficient(broadcast<V>(coefficient)) {}
 
-    R2_INLINE auto is_nonzero(V w) const { return (abs(w) > margin) | (w != w); }
+    R2_INLINE auto is_zero(V w) const { return abs(w) <= margin; }
     R2_INLINE V operator()(V w) const {
       const V inside = select(w != w, w, broadcast<V>(0));
       return select(abs(w) > margin, coefficient * copysign(broadcast<V>(1), w), inside);

@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 import torch
+from conftest import require
 from oracle import PARAMETERS, PENALTIES, call, default_parameter, expected
 from tensors import leaves, randn
 from tolerances import assert_gradient, assert_parameter_gradient, assert_values
 from torch import Tensor
 
-from r2_kernels import backends, linf, reference, use_backend
+from r2_kernels import RangeRegularizer, backends, linf, reference, use_backend
 
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 each_parametric_penalty = pytest.mark.parametrize("penalty", [name for name in PENALTIES if PARAMETERS[name]])
@@ -270,20 +271,22 @@ def test_linf_of_fake_tensors(backend: str) -> None:
 
 
 @each_penalty
-def test_under_torch_compile(backend: str, weights: list[Tensor], penalty: str) -> None:
-    """Traced into one graph, no break, with the eager result."""
-    if backend != "cpu":
-        pytest.skip("only the dispatcher's own backend is traced")
-    with_default = parameter_for(penalty, weights)
+@pytest.mark.parametrize("mode", ["functional", "regularizer"])
+def test_under_torch_compile(penalty: str, mode: str) -> None:
+    """Traced into one graph, no break, with the eager result, where no backend is asked for."""
+    require("cpu")
+    weights = leaves(randn(*shape) for shape in [(3, 4), (50, 1), (40_000, 1)])
+    parameter = parameter_for(penalty, weights)
+    reg = RangeRegularizer([(str(index), weight) for index, weight in enumerate(weights)], penalty)
 
     def loss(parameter: Tensor | None, *weights: Tensor) -> Tensor:
-        return call(penalty, list(weights), parameter).sum()
+        return reg() if mode == "regularizer" else call(penalty, list(weights), parameter).sum()
 
-    loss(with_default, *weights).backward()
+    loss(parameter, *weights).backward()
     eager = [weight.grad.clone() for weight in weights]
     for weight in weights:
         weight.grad = None
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    compiled(with_default, *weights).backward()
+    compiled(parameter, *weights).backward()
     for weight, gradient in zip(weights, eager, strict=True):
-        torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=0)
+        assert torch.equal(weight.grad, gradient)

@@ -62,36 +62,40 @@ class Chunk {
     for (; i < size_; ++i) put(scalar_slope(static_cast<Scalar>(weight_[i])), i);
   }
 
-  // Both in one pass, for slopes that need no statistics. Gradients are touched only where the slope is nonzero; which
-  // vectors that are is noted without a branch, as one that is taken now and then costs more than the sums.
+  // Both in one pass, for slopes that need no statistics. Gradients are touched only where the slope is nonzero, a block
+  // of entries later: where that is is noted without a branch, which would be mispredicted, and the memory is asked for
+  // in time.
   template <template <class> class Sums, template <class> class Slope>
   Sums<double> sum_and_apply(double parameter, double coefficient) const {
     const Slope<Vector> slope(parameter, coefficient);
-    Sums<Vector> sums(parameter);
-    int64_t touched[kBlock / kWidth];
+    const Sums<Vector> zero(parameter);
+    Sums<Vector> sums = zero;
+    Touched touched[2];
     int64_t i = 0;
-    while (i + kWidth <= size_) {
+    for (int turn = 0; i + kWidth <= size_; turn = 1 - turn) {
       const int64_t stop = i + kBlock < size_ ? i + kBlock : size_;
-      Sums<Vector> block(parameter);
-      int64_t count = 0;
+      Sums<Vector> block = zero;
+      Touched& now = touched[turn];
+      now.count = 0;
       for (; i + kWidth <= stop; i += kWidth) {
         const Vector w = load(weight_ + i);
         block.add(w);
-        const bool is_touched = any(slope.is_nonzero(w));
-        touched[count] = i;
-        count += is_touched;
-        __builtin_prefetch(is_touched ? static_cast<const void*>(gradient_ + i) : touched, 1);
+        now.entries[now.count] = i;
+        now.count += !all(slope.is_zero(w));
       }
-      for (int64_t k = 0; k < count; ++k) put(slope(load(weight_ + touched[k])), touched[k]);
       sums.merge(block);
+      for (int64_t k = 0; k < now.count; ++k) __builtin_prefetch(gradient_ + now.entries[k], 1);
+      apply_where(touched[1 - turn], slope);
+      touched[1 - turn].count = 0;
     }
+    for (const Touched& last : touched) apply_where(last, slope);
     Sums<double> total = fold(Sums<double>(parameter), sums);
     const Slope<Scalar> scalar_slope(parameter, coefficient);
     Sums<Scalar> rest(parameter);
     for (; i < size_; ++i) {
       const Scalar w = static_cast<Scalar>(weight_[i]);
       rest.add(w);
-      if (scalar_slope.is_nonzero(w)) put(scalar_slope(w), i);
+      if (!scalar_slope.is_zero(w)) put(scalar_slope(w), i);
     }
     total.merge(converted(total, rest));
     return total;
@@ -102,6 +106,20 @@ class Chunk {
   // Entries added up in one go before they join the total: few enough that float32 sums of positive numbers stay
   // within a few units of the last place.
   static constexpr int64_t kBlock = 1024;
+
+  // The vectors of a block in which some slope is nonzero, by their first entry.
+  struct Touched {
+    int64_t count = 0;
+    int64_t entries[kBlock / kWidth];
+  };
+
+  template <class VectorSlope>
+  void apply_where(const Touched& touched, const VectorSlope& slope) const {
+    for (int64_t k = 0; k < touched.count; ++k) {
+      const int64_t i = touched.entries[k];
+      put(slope(load(weight_ + i)), i);
+    }
+  }
 
   // All lanes of `sums`, merged in order.
   template <class Total, class VectorSums>

@@ -9,6 +9,13 @@
 
 #include "../penalties.h"
 
+// A target pragma does not define __AVX512F__ and its like in C++: the width of a vector tells.
+#if defined(__x86_64__)
+#define R2_X86 1
+#else
+#define R2_X86 0
+#endif
+
 namespace r2 {
 inline namespace R2_INSTRUCTION_SET {
 
@@ -34,15 +41,16 @@ struct Lane<DoubleVector> {
 template <class V>
 constexpr int kLanes = sizeof(V) / sizeof(lane_t<V>);
 
+// Whether a comparison holds in every lane.
 template <class Mask>
-R2_INLINE bool any(Mask mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+R2_INLINE bool all(Mask mask) {
+#if R2_X86 && R2_VECTOR_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+#elif R2_X86 && R2_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8((__m256i)mask) == -1;
 #else
   auto lanes = mask[0];
-  for (size_t i = 1; i < sizeof(mask) / sizeof(mask[0]); ++i) lanes |= mask[i];
+  for (size_t i = 1; i < sizeof(mask) / sizeof(mask[0]); ++i) lanes &= mask[i];
   return lanes != 0;
 #endif
 }
@@ -77,9 +85,9 @@ R2_INLINE FloatVector load(const BFloat16* from) {
   return from_bits<FloatVector>(__builtin_convertvector(load_unaligned<HalfBits>(from), FloatBits) << 16);
 }
 R2_INLINE FloatVector load(const Half* from) {
-#if defined(__AVX512F__)
-  return (FloatVector)_mm512_cvtph_ps(load_unaligned<__m256i>(from));
-#elif defined(__F16C__)
+#if R2_X86 && R2_VECTOR_BYTES == 64
+  return (FloatVector)_mm512_maskz_cvtph_ps(0xffff, load_unaligned<__m256i>(from));
+#elif R2_X86 && R2_VECTOR_BYTES == 32
   return (FloatVector)_mm256_cvtph_ps(load_unaligned<__m128i>(from));
 #else
   FloatVector x;
@@ -98,10 +106,10 @@ R2_INLINE void store(BFloat16* to, FloatVector x) {
   __builtin_memcpy(to, &half, sizeof(half));
 }
 R2_INLINE void store(Half* to, FloatVector x) {
-#if defined(__AVX512F__)
-  const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#if R2_X86 && R2_VECTOR_BYTES == 64
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __builtin_memcpy(to, &half, sizeof(half));
-#elif defined(__F16C__)
+#elif R2_X86 && R2_VECTOR_BYTES == 32
   const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __builtin_memcpy(to, &half, sizeof(half));
 #else
