@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import IS_INTERPRETED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import PARAMETERS, PENALTIES, call, default_parameter, expected
@@ -352,6 +353,18 @@ def test_float16_range_beyond_float16(backend: str, device: torch.device, dtype:
     weight = torch.tensor([60000.0, -60000.0, 1.0, 30000.0], dtype=dtype, device=device)
     check("soft_min_max", [weight], torch.tensor([0.001]))
     check("margin", [weight], torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e-6, 1e6, 1e15, 1e18, 1e20, 1e30, 1e36])
+@pytest.mark.parametrize("span", [1e-6, 0.3, 3.0, 30.0, 300.0])
+def test_soft_ranges_of_any_scale(backend: str, device: torch.device, scale: float, span: float) -> None:
+    """The soft range scales with the weights where a·range stays; sums and squares of distances must not overflow."""
+    levels = torch.linspace(-1, 1, 1001, dtype=torch.float64)
+    weight = (scale * (levels + 0.1 * levels**2)).float().to(device)
+    temperature = torch.tensor([span / 2 / scale], dtype=torch.float64).float()
+    if temperature < torch.finfo(torch.float32).tiny:
+        pytest.skip("the temperature is no normal number")
+    check("soft_min_max", [weight], temperature)
 
 
 # NaN and infinity
@@ -786,7 +799,7 @@ def lists_of_weights(draw: st.DrawFn) -> list[Tensor]:
 
 @each_penalty
 @settings(
-    max_examples=60,
+    max_examples=15 if IS_INTERPRETED else 60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
