@@ -102,7 +102,7 @@ inline std::vector<Step> reduce_then_apply(const Segments& segments, const std::
       bytes += more;
     }
     for (int64_t i = begin; i < end; ++i) steps.push_back({i, false});
-    for (int64_t i = end; i-- > begin;) steps.push_back({i, true});
+    for (int64_t i = begin; i < end; ++i) steps.push_back({i, true});
     begin = end;
   }
   return steps;
