@@ -1,0 +1,237 @@
+"""The operators of ``r2_kernels.ops`` on a GPU: at most three launches per dtype, whatever the number of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r2_kernels.backends.triton.apply_kernel import apply_chunks
+from r2_kernels.backends.triton.chunk_table import DestinationTable, TableCache, WeightTable
+from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
+from r2_kernels.backends.triton.reduce_kernels import finalize_rows, merge_chunks, reduce_chunks
+from r2_kernels.penalties import CHUNK_SIZE, by_name
+
+LANGUAGE_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+# The statistics of nothing, in the order of ``r2_kernels.penalties``.
+EMPTY_ROWS = {
+    "linf": (0.0, 0.0),
+    "margin": (0.0, 0.0),
+    "soft_min_max": (float("-inf"), float("inf"), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+}
+MERGE_LANES = 256
+APPLY_BLOCK = 1024
+APPLY_WARPS = 4
+
+_weight_tables: TableCache[WeightTable] = TableCache()
+_destination_tables: TableCache[DestinationTable] = TableCache()
+
+
+def reduce(
+    penalty: str, weights: Sequence[Tensor], parameter: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rule = by_name(penalty)
+    table, weights = _weight_table(weights)
+    dtype = torch.float64 if table.is_float64 else torch.float32
+    new_empty = weights[0].new_empty
+    count = len(weights)
+    values = new_empty(count, dtype=dtype)
+    slopes = new_empty(0 if rule.parameter is None else count, dtype=dtype)
+    statistics = new_empty((count, len(rule.statistics)), dtype=torch.float64)
+    partials = new_empty(table.chunks if rule.is_sparse else 0, dtype=torch.float64)
+    sums = new_empty((sums_per_chunk(penalty, table.is_float64), table.chunks), dtype=dtype)
+    functions = FUNCTIONS[penalty]
+    with _on(weights[0].device):
+        for group in table.groups:
+            is_float64 = group.dtype is torch.float64
+            accumulator = tl.float64 if is_float64 else tl.float32
+            shared = (table.segments, parameter, 0 if parameter is None else parameter.stride(0), sums, table.chunks)
+            if len(group.chunks):
+                launch(
+                    reduce_chunks,
+                    len(group.chunks),
+                    (group.chunks, *shared),
+                    add=functions.add,
+                    DTYPE=LANGUAGE_DTYPES[group.dtype],
+                    ACCUMULATOR=accumulator,
+                    CHUNK=CHUNK_SIZE,
+                    **reduce_options(is_float64),
+                )
+            launch(
+                merge_chunks,
+                len(group.rows),
+                (group.rows, *shared, statistics, values, *_present(slopes, partials)),
+                convert=functions.convert,
+                merge=functions.merge,
+                across=functions.across,
+                finalize=functions.finalize,
+                EMPTY=EMPTY_ROWS[penalty],
+                SUMS=sums_per_chunk(penalty, is_float64),
+                ACCUMULATOR=accumulator,
+                CHUNK=CHUNK_SIZE,
+                LANES=MERGE_LANES,
+                num_warps=MERGE_LANES // 32,
+            )
+    return values, slopes, statistics, partials
+
+
+def finalize(
+    penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    rule = by_name(penalty)
+    count = len(statistics)
+    statistics = statistics.contiguous()
+    values = statistics.new_empty(count, dtype=dtype)
+    slopes = statistics.new_empty(0 if rule.parameter is None else count, dtype=dtype)
+    lanes = 128
+    with _on(statistics.device):
+        launch(
+            finalize_rows,
+            triton.cdiv(count, lanes),
+            (statistics, parameter, 0 if parameter is None else parameter.stride(0), values),
+            slopes=None if rule.parameter is None else slopes,
+            count=count,
+            finalize=FUNCTIONS[penalty].finalize,
+            STATISTICS=len(rule.statistics),
+            LANES=lanes,
+            num_warps=4,
+        )
+    return values, slopes
+
+
+def apply(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    statistics: Tensor,
+    partials: Tensor,
+    coefficients: Tensor,
+) -> list[Tensor]:
+    gradients = [torch.empty_like(weight) for weight in weights]
+    _apply(penalty, weights, parameter, statistics, partials, coefficients, gradients, False)
+    return gradients
+
+
+def apply_(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    statistics: Tensor,
+    partials: Tensor,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+) -> None:
+    _apply(penalty, weights, parameter, statistics, partials, coefficients, gradients, True)
+
+
+def reduce_apply_(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    values, slopes, statistics, partials = reduce(penalty, weights, parameter)
+    _apply(penalty, weights, parameter, statistics, partials, coefficients, gradients, True)
+    return values, slopes
+
+
+def launch(kernel: Any, programs: int, arguments: Sequence[Any], **constants: Any) -> None:
+    """The one place where this backend launches a kernel."""
+    kernel[(programs,)](*arguments, **constants)
+
+
+def reduce_options(is_float64: bool) -> dict[str, int]:
+    """Warps, and registers a thread, of ``reduce_chunks``: 32 entries a thread, which stay in its registers."""
+    return {"num_warps": 32} if is_float64 else {"num_warps": 16}
+
+
+def _apply(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    statistics: Tensor,
+    partials: Tensor,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+    add: bool,
+) -> None:
+    rule = by_name(penalty)
+    table, weights = _weight_table(weights)
+    destinations, in_place, copied = _destination_table(table, weights, gradients)
+    functions = FUNCTIONS[penalty]
+    with _on(weights[0].device):
+        for group in table.groups:
+            if not len(group.chunks):
+                continue
+            launch(
+                apply_chunks,
+                len(group.chunks),
+                (
+                    group.chunks,
+                    table.segments,
+                    destinations.addresses,
+                    parameter,
+                    0 if parameter is None else parameter.stride(0),
+                    coefficients,
+                    coefficients.stride(0),
+                    statistics.contiguous(),
+                    partials.contiguous() if rule.is_sparse else None,
+                ),
+                prepare=functions.prepare,
+                gradient=functions.gradient,
+                STATISTICS=len(rule.statistics),
+                DTYPE=LANGUAGE_DTYPES[group.dtype],
+                ACCUMULATOR=tl.float64 if group.dtype is torch.float64 else tl.float32,
+                CHUNK=CHUNK_SIZE,
+                BLOCK=APPLY_BLOCK,
+                ADD=add,
+                num_warps=APPLY_WARPS,
+            )
+    for index in copied:
+        gradients[index].copy_(in_place[index])
+
+
+def _weight_table(weights: Sequence[Tensor]) -> tuple[WeightTable, Sequence[Tensor]]:
+    """The table, and the dense weights that it is made of."""
+    table = _weight_tables.find(weights, None, lambda: WeightTable(weights, CHUNK_SIZE))
+    if table.copied:
+        dense = list(weights)
+        for index in table.copied:
+            dense[index] = weights[index].contiguous()
+        return _weight_table(dense)
+    return table, weights
+
+
+def _destination_table(
+    table: WeightTable, weights: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[DestinationTable, Sequence[Tensor], Sequence[int]]:
+    """The table, the gradients laid out as their weights that it is made of, and which of these are copies."""
+    destinations = _destination_tables.find(gradients, table, lambda: DestinationTable(gradients, table.strides))
+    if not destinations.copied:
+        return destinations, gradients, ()
+    in_place = list(gradients)
+    for index in destinations.copied:
+        in_place[index] = torch.empty_like(weights[index]).copy_(gradients[index])
+    again, _, _ = _destination_table(table, weights, in_place)
+    return again, in_place, destinations.copied
+
+
+def _present(*outputs: Tensor) -> list[Tensor | None]:
+    """None for outputs that the penalty does not have."""
+    return [output if output.numel() else None for output in outputs]
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

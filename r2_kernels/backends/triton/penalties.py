@@ -1,0 +1,442 @@
+"""The penalties as Triton functions: what a chunk adds up to, how chunks merge, what value and gradient follow.
+
+Each penalty is a set of functions that the kernels take as compile-time arguments; a penalty knows nothing of chunks,
+tables or addresses, and the kernels nothing of a penalty:
+
+    add          the sums of a chunk, a tuple of scalars, from its entries ``w``, in w's precision; ``mask`` says which
+                 entries count, None that all do
+    convert      a chunk's sums to its statistics, float64, in the order of ``r2_kernels.penalties``
+    merge        the statistics of two halves to the whole's, lane by lane
+    across       those of all lanes to one row
+    finalize     value and gradient with respect to the parameter, from the statistics
+    prepare      constants of a segment's gradient, once in float64, rounded to the precision of its entries
+    gradient     the gradient with respect to each entry, times the segment's coefficient, from these constants
+
+``parameter`` is M or the temperature in float64, zero where a penalty has none. Triton's ``max`` and ``min`` drop a
+NaN: where they do, the sums that follow keep it. ``docs/derivation.md`` derives the formulas.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from r2_kernels.backends.triton.exponentials import LOG2_E, SERIES_FLOAT32, SERIES_FLOAT64, hyperbolic
+
+INFINITY = tl.constexpr(float("inf"))
+# Temperatures in units of one over a chunk's extent end here: exp2 of the smallest distance is zero long before.
+STEEPEST = tl.constexpr(2.0**100)
+
+
+class Functions(NamedTuple):
+    """One penalty's functions, by what they do."""
+
+    add: triton.JITFunction
+    convert: triton.JITFunction
+    merge: triton.JITFunction
+    across: triton.JITFunction
+    finalize: triton.JITFunction
+    prepare: triton.JITFunction
+    gradient: triton.JITFunction
+
+
+@triton.jit
+def _where_valid(mask, values, otherwise):
+    if mask is None:
+        return values
+    else:
+        return tl.where(mask, values, otherwise)
+
+
+@triton.jit
+def _with_sign_of(w, magnitude):
+    return tl.where(w < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def _integer_type(dtype: tl.constexpr):
+    return tl.int64 if dtype == tl.float64 else tl.int32
+
+
+@triton.jit
+def _largest(magnitude):
+    """The maximum of a block of numbers >= 0, NaN where one is: their bits are in the order of the numbers, NaN last."""
+    bits: tl.constexpr = tl.int64 if magnitude.dtype == tl.float64 else tl.int32
+    return tl.max(magnitude.to(bits, bitcast=True), axis=0).to(magnitude.dtype, bitcast=True)
+
+
+# L∞: max|w|
+
+
+@triton.jit
+def linf_add(w, mask, parameter):
+    magnitude = tl.abs(w)
+    maximum = _largest(_where_valid(mask, magnitude, 0.0))
+    reaches = _where_valid(mask, magnitude == maximum, False)
+    return maximum, tl.sum(reaches.to(tl.int32), axis=0)
+
+
+@triton.jit
+def linf_convert(sums, parameter, length):
+    return sums[0].to(tl.float64), sums[1].to(tl.float64)
+
+
+@triton.jit
+def linf_merge(row, other, parameter):
+    maximum = tl.maximum(row[0], other[0], propagate_nan=tl.PropagateNan.ALL)
+    count = tl.where(row[0] == maximum, row[1], 0.0) + tl.where(other[0] == maximum, other[1], 0.0)
+    return maximum, count
+
+
+@triton.jit
+def linf_across(row, parameter):
+    maximum = _largest(row[0])
+    return maximum, tl.sum(tl.where(row[0] == maximum, row[1], 0.0), axis=0)
+
+
+@triton.jit
+def linf_finalize(row, parameter):
+    return row[0], row[1]
+
+
+@triton.jit
+def linf_prepare(row, parameter, coefficient, dtype: tl.constexpr):
+    # In a segment with a NaN no entry reaches the maximum: x / 0 · 0 makes its gradient NaN.
+    share = tl.where(row[0] == 0, coefficient * 0, coefficient / row[1])
+    return row[0].to(dtype), share.to(dtype), (share * 0).to(dtype)
+
+
+@triton.jit
+def linf_gradient(w, constants):
+    maximum, share, zero = constants
+    return tl.where(tl.abs(w) == maximum, _with_sign_of(w, share), zero)
+
+
+# Margin: |M| + Σ max(|w| - |M|, 0)
+
+
+@triton.jit
+def _margin_below(parameter, dtype: tl.constexpr):
+    """The largest number of w's precision that is not above |M|: an entry exceeds the one where it exceeds the other."""
+    exact = tl.abs(parameter)
+    rounded = exact.to(dtype)
+    bits: tl.constexpr = tl.int64 if dtype == tl.float64 else tl.int32
+    below = (rounded.to(bits, bitcast=True) - 1).to(dtype, bitcast=True)
+    return tl.where(rounded.to(tl.float64) > exact, below, rounded)
+
+
+@triton.jit
+def margin_add(w, mask, parameter):
+    distance = tl.abs(w) - _margin_below(parameter, w.dtype)
+    excess = tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    exceeds = _where_valid(mask, distance > 0, False)
+    return tl.sum(_where_valid(mask, excess, 0.0), axis=0), tl.sum(exceeds.to(tl.int32), axis=0)
+
+
+@triton.jit
+def margin_convert(sums, parameter, length):
+    exceeding = sums[1].to(tl.float64)
+    rounding = tl.abs(parameter) - _margin_below(parameter, sums[0].dtype).to(tl.float64)
+    # Infinite margins round to themselves, and leave no difference to correct.
+    return sums[0].to(tl.float64) - exceeding * tl.where(rounding > 0, rounding, 0.0), exceeding
+
+
+@triton.jit
+def margin_merge(row, other, parameter):
+    return row[0] + other[0], row[1] + other[1]
+
+
+@triton.jit
+def margin_across(row, parameter):
+    return tl.sum(row[0], axis=0), tl.sum(row[1], axis=0)
+
+
+@triton.jit
+def margin_finalize(row, parameter):
+    sign = tl.where(parameter > 0, 1.0, tl.where(parameter < 0, -1.0, parameter))
+    return tl.abs(parameter) + row[0], sign * (1 - row[1])
+
+
+@triton.jit
+def margin_prepare(row, parameter, coefficient, dtype: tl.constexpr):
+    return _margin_below(parameter, dtype), coefficient.to(dtype)
+
+
+@triton.jit
+def margin_gradient(w, constants):
+    margin, coefficient = constants
+    inside = tl.where(w == w, 0.0, w)
+    return tl.where(tl.abs(w) > margin, _with_sign_of(w, coefficient), inside)
+
+
+# Soft-min-max: s_max - s_min + exp(-a)
+
+
+@triton.jit
+def _frame(maximum, minimum, temperature):
+    """What the sums and gradients of entries between two ends are anchored to.
+
+    Returns the center of the ends; ``unit``, the power of two that brings half their distance into [0.5, 1), so that
+    no distance or square of one over- or underflows; its inverse; and whether |a| times half the distance is at most
+    0.5, where exp is a polynomial and differences of the two ends must not cancel.
+    """
+    center = maximum * 0.5 + minimum * 0.5
+    reach = maximum * 0.5 - minimum * 0.5
+    if reach.dtype == tl.float64:
+        exponent = (reach.to(tl.int64, bitcast=True) >> 52) & 2047
+        field = tl.where(reach == 0, 1023, tl.maximum(2045 - exponent, 1)).to(tl.int64)
+        unit = (field << 52).to(tl.float64, bitcast=True)
+        inverse = ((2046 - field) << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = (reach.to(tl.int32, bitcast=True) >> 23) & 255
+        field = tl.where(reach == 0, 127, tl.maximum(253 - exponent, 1)).to(tl.int32)
+        unit = (field << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - field) << 23).to(tl.float32, bitcast=True)
+    return center, unit, inverse, temperature * reach <= 0.5
+
+
+@triton.jit
+def _steepness(temperature, inverse_unit):
+    """|a|·log2(e) per unit: exp(a·distance) = exp2(steepness · distance in units)."""
+    steepness = temperature * inverse_unit * LOG2_E
+    return tl.where(steepness > STEEPEST, STEEPEST, steepness)
+
+
+@triton.jit
+def _power_sums(x):
+    """The sums of x^k for k from 1 on: 8 of them in float32, 14 in float64."""
+    x2 = x * x
+    x3 = x2 * x
+    x4 = x2 * x2
+    sums = (tl.sum(x, axis=0), tl.sum(x2, axis=0), tl.sum(x3, axis=0), tl.sum(x4, axis=0))
+    sums = sums + (tl.sum(x4 * x, axis=0), tl.sum(x4 * x2, axis=0), tl.sum(x4 * x3, axis=0), tl.sum(x4 * x4, axis=0))
+    if x.dtype == tl.float64:
+        x8 = x4 * x4
+        sums = sums + (tl.sum(x8 * x, axis=0), tl.sum(x8 * x2, axis=0), tl.sum(x8 * x3, axis=0))
+        x12 = x8 * x4
+        sums = sums + (tl.sum(x12, axis=0), tl.sum(x12 * x, axis=0), tl.sum(x12 * x2, axis=0))
+    return sums
+
+
+@triton.jit
+def _end_sums(w, mask, unit, end, steepness):
+    """Sums of e, u·e and u²·e with u = (w - end)·unit and e = exp2(steepness·u)."""
+    u = tl.fma(w, tl.full(w.shape, unit, w.dtype), tl.full(w.shape, -(end * unit), w.dtype))
+    e = _where_valid(mask, tl.exp2(u * steepness), 0.0)
+    first = u * e
+    return tl.sum(e, axis=0), tl.sum(first, axis=0), tl.sum(u * first, axis=0)
+
+
+@triton.jit
+def soft_min_max_add(w, mask, parameter):
+    maximum = tl.max(_where_valid(mask, w, -INFINITY), axis=0)
+    minimum = tl.min(_where_valid(mask, w, INFINITY), axis=0)
+    temperature = tl.abs(parameter).to(w.dtype)
+    center, unit, inverse, is_small = _frame(maximum, minimum, temperature)
+    if is_small:
+        x = tl.fma(w, tl.full(w.shape, unit, w.dtype), tl.full(w.shape, -(center * unit), w.dtype))
+        sums = _power_sums(_where_valid(mask, x, 0.0))
+    else:
+        steepness = _steepness(temperature, inverse)
+        upper = _end_sums(w, mask, unit, maximum, steepness)
+        lower = _end_sums(w, mask, unit, minimum, -steepness)
+        unused = maximum * 0
+        sums = upper + lower + (unused, unused)
+        if w.dtype == tl.float64:
+            sums = sums + (unused, unused, unused, unused, unused, unused)
+    return (maximum, minimum) + sums
+
+
+@triton.jit
+def _moments_from_powers(sums, count, rate):
+    """Sums of x^k·exp(rate·x), k = 0, 1, 2, from those of the powers of x, of which ``count`` is the zeroth."""
+    z = count.to(tl.float64)
+    s = sums[2].to(tl.float64)
+    q = sums[3].to(tl.float64)
+    factor = tl.full(rate.shape, 1.0, tl.float64)
+    for power in tl.static_range(1, len(sums) - 3):
+        factor *= rate
+        if len(sums) == 10:
+            term = factor * SERIES_FLOAT32[power]
+        else:
+            term = factor * SERIES_FLOAT64[power]
+        z += term * sums[power + 1].to(tl.float64)
+        s += term * sums[power + 2].to(tl.float64)
+        q += term * sums[power + 3].to(tl.float64)
+    return z, s, q
+
+
+@triton.jit
+def _moved(moments, distance):
+    """Sums of e, d·e and d²·e after every d has grown by ``distance``."""
+    z, s, q = moments
+    return z, s + distance * z, q + distance * (2 * s + distance * z)
+
+
+@triton.jit
+def _scaled(moments, factor, unit):
+    """The sums with every e times ``factor`` and every d times ``unit``."""
+    z, s, q = moments
+    return z * factor, s * factor * unit, q * factor * unit * unit
+
+
+@triton.jit
+def _chosen(condition, if_true, if_false):
+    return (
+        tl.where(condition, if_true[0], if_false[0]),
+        tl.where(condition, if_true[1], if_false[1]),
+        tl.where(condition, if_true[2], if_false[2]),
+    )
+
+
+@triton.jit
+def soft_min_max_convert(sums, parameter, length):
+    narrow = tl.abs(parameter).to(sums[0].dtype)
+    center, unit, inverse, is_small = _frame(sums[0], sums[1], narrow)
+    maximum, minimum = sums[0].to(tl.float64), sums[1].to(tl.float64)
+    center, unit, inverse = center.to(tl.float64), unit.to(tl.float64), inverse.to(tl.float64)
+    temperature = tl.abs(parameter)
+    # From the center to the ends, where exponentials were summed about the center.
+    rate = tl.where(is_small, temperature * inverse, 0.0)
+    up, down = maximum - center, minimum - center
+    upper = _moved(_moments_from_powers(sums, length, rate), -up * unit)
+    lower = _moved(_moments_from_powers(sums, length, -rate), -down * unit)
+    upper = _scaled(upper, tl.exp(-temperature * up), inverse)
+    lower = _scaled(lower, tl.exp(temperature * down), inverse)
+    at_ends = (
+        _scaled((sums[2].to(tl.float64), sums[3].to(tl.float64), sums[4].to(tl.float64)), 1.0, inverse),
+        _scaled((sums[5].to(tl.float64), sums[6].to(tl.float64), sums[7].to(tl.float64)), 1.0, inverse),
+    )
+    return (maximum, minimum) + _chosen(is_small, upper, at_ends[0]) + _chosen(is_small, lower, at_ends[1])
+
+
+@triton.jit
+def _shifted(moments, shift, temperature):
+    """Sums of u^k·exp(temperature·u) after every distance u has grown by ``shift``; those of nothing stay as they are."""
+    shift = tl.where(moments[0] == 0, 0.0, shift)
+    return _scaled(_moved(moments, shift), tl.exp(temperature * shift), 1.0)
+
+
+@triton.jit
+def _at_ends(row, maximum, minimum, parameter):
+    """The moments of a row about a maximum and a minimum that are at least as far out as its own."""
+    temperature = tl.abs(parameter)
+    upper = _shifted((row[2], row[3], row[4]), row[0] - maximum, temperature)
+    lower = _shifted((row[5], row[6], row[7]), row[1] - minimum, -temperature)
+    return upper + lower
+
+
+@triton.jit
+def soft_min_max_merge(row, other, parameter):
+    maximum, minimum = tl.maximum(row[0], other[0]), tl.minimum(row[1], other[1])
+    first = _at_ends(row, maximum, minimum, parameter)
+    second = _at_ends(other, maximum, minimum, parameter)
+    upper = (first[0] + second[0], first[1] + second[1], first[2] + second[2])
+    lower = (first[3] + second[3], first[4] + second[4], first[5] + second[5])
+    return (maximum, minimum) + upper + lower
+
+
+@triton.jit
+def soft_min_max_across(row, parameter):
+    maximum, minimum = tl.max(row[0], axis=0), tl.min(row[1], axis=0)
+    lanes = _at_ends(row, maximum, minimum, parameter)
+    upper = (tl.sum(lanes[0], axis=0), tl.sum(lanes[1], axis=0), tl.sum(lanes[2], axis=0))
+    lower = (tl.sum(lanes[3], axis=0), tl.sum(lanes[4], axis=0), tl.sum(lanes[5], axis=0))
+    return (maximum, minimum) + upper + lower
+
+
+@triton.jit
+def soft_min_max_finalize(row, parameter):
+    maximum, minimum, z_upper, s_upper, q_upper, z_lower, s_lower, q_lower = row
+    mean_upper, mean_lower = s_upper / z_upper, s_lower / z_lower
+    soft_range = (maximum - minimum) + (mean_upper - mean_lower)
+    variance = (q_upper / z_upper - mean_upper * mean_upper) + (q_lower / z_lower - mean_lower * mean_lower)
+    is_empty = z_upper == 0
+    # A negative temperature makes the soft maximum the mean near the minimum, and vice versa.
+    soft_range = tl.where(is_empty, 0.0, tl.where(parameter < 0, -soft_range, soft_range))
+    remainder = tl.exp(-parameter)
+    return soft_range + remainder, tl.where(is_empty, 0.0, variance) - remainder
+
+
+@triton.jit
+def soft_min_max_prepare(row, parameter, coefficient, dtype: tl.constexpr):
+    maximum, minimum, z_upper, s_upper, _, z_lower, s_lower, _ = row
+    temperature = tl.abs(parameter)
+    center, unit, inverse, is_small = _frame(maximum.to(dtype), minimum.to(dtype), temperature.to(dtype))
+    coefficient = tl.where(parameter < 0, -coefficient, coefficient)
+    mean_upper, mean_lower = temperature * (s_upper / z_upper), temperature * (s_lower / z_lower)
+    if is_small:
+        # With p = (1 + P)/Z and q = (1 + Q)/Z no difference of nearly equal numbers is left as a goes to 0. Any Z
+        # would do: the mean of both ends' makes P and Q small.
+        up = temperature * (maximum - center.to(tl.float64))
+        down = temperature * (minimum - center.to(tl.float64))
+        z_upper *= tl.exp(up)
+        z_lower *= tl.exp(-down)
+        z_mean, difference = (z_upper + z_lower) * 0.5, (z_lower - z_upper) * 0.5
+        constants = (center, temperature.to(dtype), (coefficient / z_mean).to(dtype))
+        constants = constants + ((z_mean / z_upper).to(dtype), (difference / z_upper).to(dtype))
+        constants = constants + ((z_mean / z_lower).to(dtype), (-difference / z_lower).to(dtype))
+        constants = constants + ((-up - mean_upper).to(dtype), (-down - mean_lower).to(dtype))
+    else:
+        ln2: tl.constexpr = 0.6931471805599453
+        p, q = coefficient / z_upper, coefficient / z_lower
+        constants = (unit, _steepness(temperature.to(dtype), inverse), maximum.to(dtype) * unit)
+        constants = constants + (minimum.to(dtype) * unit, (p * ln2).to(dtype), (p * (1 - mean_upper)).to(dtype))
+        constants = constants + ((q * ln2).to(dtype), (q * (1 + mean_lower)).to(dtype), unit * 0)
+    return (is_small,) + constants
+
+
+@triton.jit
+def _small_gradient(w, center, temperature, scale, p_ratio, p_excess, q_ratio, q_excess, upper, lower):
+    t = (w - center) * temperature
+    even, odd = hyperbolic(t)
+    p = p_ratio * (even + odd) + p_excess
+    q = q_ratio * (even - odd) + q_excess
+    above, below = t + upper, t + lower
+    # P·(1 + above) - Q·(1 - below) + above + below
+    return scale * ((p * above + (p - q)) + (q * below + (above + below)))
+
+
+@triton.jit
+def _large_gradient(w, unit, steepness, maximum, minimum, p_scale, p_offset, q_scale, q_offset):
+    units = tl.full(w.shape, unit, w.dtype)
+    above = tl.fma(w, units, tl.full(w.shape, -maximum, w.dtype)) * steepness
+    below = tl.fma(w, units, tl.full(w.shape, -minimum, w.dtype)) * steepness
+    upper = tl.exp2(above) * (above * p_scale + p_offset)
+    return upper - tl.exp2(-below) * (q_offset - below * q_scale)
+
+
+@triton.jit
+def soft_min_max_gradient(w, constants):
+    is_small, c0, c1, c2, c3, c4, c5, c6, c7, c8 = constants
+    if is_small:
+        slope = _small_gradient(w, c0, c1, c2, c3, c4, c5, c6, c7, c8)
+    else:
+        slope = _large_gradient(w, c0, c1, c2, c3, c4, c5, c6, c7)
+    return slope
+
+
+FUNCTIONS = {
+    "linf": Functions(
+        linf_add, linf_convert, linf_merge, linf_across, linf_finalize, linf_prepare, linf_gradient
+    ),
+    "margin": Functions(
+        margin_add, margin_convert, margin_merge, margin_across, margin_finalize, margin_prepare, margin_gradient
+    ),
+    "soft_min_max": Functions(
+        soft_min_max_add,
+        soft_min_max_convert,
+        soft_min_max_merge,
+        soft_min_max_across,
+        soft_min_max_finalize,
+        soft_min_max_prepare,
+        soft_min_max_gradient,
+    ),
+}
+
+
+def sums_per_chunk(penalty: str, is_float64: bool) -> int:
+    """How many numbers ``add`` returns."""
+    return {"linf": 2, "margin": 2, "soft_min_max": 16 if is_float64 else 10}[penalty]

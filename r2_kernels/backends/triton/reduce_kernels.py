@@ -1,0 +1,152 @@
+"""The kernels that reduce: the sums of every chunk, then one program a segment that merges its chunks and finalizes.
+
+Chunks, and the lanes and steps in which they merge, are fixed by the segment's length alone, and no sum is atomic:
+results are bitwise the same from run to run, whatever the device and whatever else is in the list.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+# chunks        int32 (chunks of this dtype, 2): the row of the segment in ``segments``, the chunk's number in it
+# segments      int64 (N, 3): address of the first entry, entries, number of the segment's first chunk in ``sums``
+# parameters    float32 or float64, stride ``parameter_stride``, (N,), or None: M or the temperature
+# sums          float32 or float64 (sums per chunk, all_chunks): what ``add`` returns, written here
+@triton.jit
+def reduce_chunks(
+    chunks,
+    segments,
+    parameters,
+    parameter_stride,
+    sums,
+    all_chunks,
+    add: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    segment = tl.load(chunks + 2 * pid).to(tl.int64)
+    number = tl.load(chunks + 2 * pid + 1).to(tl.int64)
+    address = tl.load(segments + 3 * segment)
+    numel = tl.load(segments + 3 * segment + 1)
+    sums += tl.load(segments + 3 * segment + 2) + number
+    parameter = load_scalar(parameters, segment, parameter_stride)
+    length = tl.minimum(numel - number * CHUNK, CHUNK).to(tl.int32)
+    weights = address.to(tl.pointer_type(DTYPE)) + number * CHUNK
+    lanes = tl.arange(0, CHUNK)
+    if (length == CHUNK) & (address % 16 == 0):
+        w = tl.load(tl.multiple_of(weights, 16) + lanes).to(ACCUMULATOR)
+        _store_fields(sums, all_chunks, add(w, None, parameter))
+    else:
+        mask = lanes < length
+        w = tl.load(weights + lanes, mask=mask, other=0.0).to(ACCUMULATOR)
+        _store_fields(sums, all_chunks, add(w, mask, parameter))
+
+
+# rows          int32 (segments of this dtype,): their rows in ``segments``
+# segments, parameters, sums, all_chunks   as above; ``sums`` is read
+# statistics    float64 (N, STATISTICS): written, as are
+# values        float32 or float64 (N,)
+# slopes        float32 or float64 (N,), or None: the gradients with respect to the parameters
+# maxima        float64 (all_chunks,), or None: where each chunk's first sum goes, all that ``apply`` needs of it
+@triton.jit
+def merge_chunks(
+    rows,
+    segments,
+    parameters,
+    parameter_stride,
+    sums,
+    all_chunks,
+    statistics,
+    values,
+    slopes,
+    maxima,
+    convert: tl.constexpr,
+    merge: tl.constexpr,
+    across: tl.constexpr,
+    finalize: tl.constexpr,
+    EMPTY: tl.constexpr,
+    SUMS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    segment = tl.load(rows + tl.program_id(0)).to(tl.int64)
+    numel = tl.load(segments + 3 * segment + 1)
+    first = tl.load(segments + 3 * segment + 2)
+    parameter = load_scalar(parameters, segment, parameter_stride)
+    lanes = tl.arange(0, LANES)
+    row = ()
+    for field in tl.static_range(len(EMPTY)):
+        row = row + (tl.full((LANES,), EMPTY[field], tl.float64),)
+    for start in range(0, tl.cdiv(numel, CHUNK), LANES):
+        numbers = start + lanes
+        mask = numbers * CHUNK < numel
+        fields = ()
+        for field in tl.static_range(SUMS):
+            column = tl.load(sums + field * all_chunks + first + numbers, mask=mask, other=0.0)
+            fields = fields + (column.to(ACCUMULATOR),)
+        if maxima is not None:
+            tl.store(maxima + first + numbers, fields[0].to(tl.float64), mask=mask)
+        part = convert(fields, parameter, tl.minimum(numel - numbers * CHUNK, CHUNK))
+        valid = ()
+        for field in tl.static_range(len(EMPTY)):
+            valid = valid + (tl.where(mask, part[field], EMPTY[field]),)
+        row = merge(row, valid, parameter)
+    row = across(row, parameter)
+    for field in tl.static_range(len(EMPTY)):
+        tl.store(statistics + segment * len(EMPTY) + field, row[field])
+    value, slope = finalize(row, parameter)
+    tl.store(values + segment, value)
+    if slopes is not None:
+        tl.store(slopes + segment, slope)
+
+
+# statistics    float64 (N, STATISTICS)
+# parameters    as above
+# values        float32 or float64 (N,): written, as are
+# slopes        the same, or None
+@triton.jit
+def finalize_rows(
+    statistics,
+    parameters,
+    parameter_stride,
+    values,
+    slopes,
+    count,
+    finalize: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    segments = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    mask = segments < count
+    row = ()
+    for field in tl.static_range(STATISTICS):
+        row = row + (tl.load(statistics + segments * STATISTICS + field, mask=mask, other=1.0),)
+    if parameters is None:
+        parameter = row[0] * 0
+    else:
+        parameter = tl.load(parameters + segments * parameter_stride, mask=mask, other=0.0).to(tl.float64)
+    value, slope = finalize(row, parameter)
+    tl.store(values + segments, value, mask=mask)
+    if slopes is not None:
+        tl.store(slopes + segments, slope, mask=mask)
+
+
+@triton.jit
+def load_scalar(scalars, index, stride):
+    """``scalars[index]`` in float64, zero where there are none."""
+    if scalars is None:
+        value = (index * 0).to(tl.float64)
+    else:
+        value = tl.load(scalars + index * stride).to(tl.float64)
+    return value
+
+
+@triton.jit
+def _store_fields(pointer, stride, fields):
+    for field in tl.static_range(len(fields)):
+        tl.store(pointer + field * stride, fields[field])
