@@ -176,7 +176,7 @@ struct LInf {
    private:
     R2_INLINE void include(V magnitude) {
       const auto a = to_bits(magnitude), b = to_bits(fields[0]);
-      fields[0] = from_bits<V>(select(a > b, a, b));
+      fields[0] = from_bits<V>(a > b ? a : b);  // spelled out: compilers then see the maximum in it
     }
   };
 
@@ -223,9 +223,15 @@ struct LInf {
 
   template <class Chunk>
   static Row reduce(const Chunk& chunk, double /*parameter*/) {
-    // The second look finds the chunk in the cache.
-    const double maximum = chunk.template sum<Maximum>().fields[0];
-    return {maximum, chunk.template sum<Count>(maximum).fields[0]};
+    // Parts that are still in the first cache for a second look, which few of them need.
+    constexpr int64_t kPart = 4096;
+    Row row = Row::empty();
+    for (int64_t begin = 0; begin < chunk.size(); begin += kPart) {
+      const Chunk part = chunk.part(begin, kPart);
+      const double maximum = part.template sum<Maximum>().fields[0];
+      if (!(maximum < row.maximum)) row.merge({maximum, part.template sum<Count>(maximum).fields[0]}, 0);
+    }
+    return row;
   }
   template <class Chunk>
   static void apply(const Chunk& chunk, const Row& row, double /*parameter*/, double coefficient) {
@@ -350,8 +356,7 @@ struct SoftMinMax {
           temperature(std::fabs(parameter)),
           center(static_cast<T>(maximum / 2 + minimum / 2)),
           reach(maximum / 2 - minimum / 2),
-          // Entries too close together for T to divide by their distance are at the center.
-          inverse_reach(reach >= 4 * static_cast<double>(std::numeric_limits<T>::min()) ? 1 / reach : 0),
+          inverse_reach(reach > 0 ? 1 / reach : 0),
           half(temperature * reach),
           regime(half <= kTinyLimit    ? Regime::kTiny
                  : half <= kSmallLimit ? Regime::kSmall
@@ -361,6 +366,20 @@ struct SoftMinMax {
     // Where what the series leave out is below the rounding of T: docs/derivation.md.
     static constexpr double kTinyLimit = sizeof(T) == sizeof(float) ? 0.2 : 0.002;
     static constexpr double kSmallLimit = sizeof(T) == sizeof(float) ? 1 : 0.1;
+
+    // Whether lanes of type T hold the distances, their squares and the temperature without overflow or loss. Where
+    // they do not, a chunk is computed in float64.
+    bool is_representable() const {
+      constexpr double kLargest = sizeof(T) == sizeof(float) ? 1e15 : 1e150;
+      constexpr double kSmallest = sizeof(T) == sizeof(float) ? 1e-30 : 1e-290;
+      return (reach == 0 || reach >= kSmallest) && reach <= kLargest && temperature <= kLargest * kLargest;
+    }
+    // Whether the series to the 6th power hold for entries up to there, too, none of the powers overflowing.
+    bool is_tiny_up_to(double maximum, double minimum) const {
+      const double above = maximum - center, below = center - minimum;
+      const double farthest = above > below ? above : below;
+      return temperature * farthest <= kTinyLimit && farthest <= 64 * reach;
+    }
   };
 
   template <class V, int kCount>
@@ -375,6 +394,15 @@ struct SoftMinMax {
     }
   };
 
+  template <int kOrder, class V>
+  static R2_INLINE void add_powers(V* sums, V x) {
+    V powers[kOrder / 2 + 1];
+    powers[1] = x;
+    for (int k = 2; k <= kOrder / 2; ++k) powers[k] = powers[k / 2] * powers[k - k / 2];
+    sums[0] = sums[0] + x;
+    for (int k = 2; k <= kOrder; ++k) sums[k - 1] = powers[k / 2] * powers[k - k / 2] + sums[k - 1];
+  }
+
   // x, x², ... to the power kOrder.
   template <class V, int kOrder>
   struct PowerSums : AdditiveSums<V, kOrder> {
@@ -384,18 +412,41 @@ struct SoftMinMax {
     R2_INLINE explicit PowerSums(const Frame<T>& frame)
         : center(broadcast<V>(frame.center)), inverse_reach(broadcast<V>(frame.inverse_reach)) {}
 
-    R2_INLINE void add(V w) {
-      V powers[kOrder / 2 + 1];
-      powers[1] = (w - center) * inverse_reach;
-      for (int k = 2; k <= kOrder / 2; ++k) powers[k] = powers[k / 2] * powers[k - k / 2];
-      this->fields[0] = this->fields[0] + powers[1];
-      for (int k = 2; k <= kOrder; ++k) this->fields[k - 1] = powers[k / 2] * powers[k - k / 2] + this->fields[k - 1];
-    }
+    R2_INLINE void add(V w) { add_powers<kOrder>(this->fields, (w - center) * inverse_reach); }
   };
   template <class V>
   using TinySums = PowerSums<V, 6>;
   template <class V>
   using SmallSums = PowerSums<V, 10>;
+
+  // The sums of six powers, and the extremes, in one look.
+  template <class V>
+  struct TinySumsAndExtent {
+    V fields[8];  // the sums, the maximum, the minimum
+    V center, inverse_reach;
+
+    template <class T>
+    R2_INLINE explicit TinySumsAndExtent(const Frame<T>& frame)
+        : center(broadcast<V>(frame.center)), inverse_reach(broadcast<V>(frame.inverse_reach)) {
+      for (int i = 0; i < 6; ++i) fields[i] = V{};
+      fields[6] = broadcast<V>(-std::numeric_limits<double>::infinity());
+      fields[7] = broadcast<V>(std::numeric_limits<double>::infinity());
+    }
+    R2_INLINE void add(V w) {
+      add_powers<6>(fields, (w - center) * inverse_reach);
+      include(w, w);
+    }
+    R2_INLINE void merge(const TinySumsAndExtent& other) {
+      for (int i = 0; i < 6; ++i) fields[i] = fields[i] + other.fields[i];
+      include(other.fields[6], other.fields[7]);
+    }
+
+   private:
+    R2_INLINE void include(V maximum, V minimum) {
+      fields[6] = select(maximum > fields[6], maximum, fields[6]);
+      fields[7] = select(minimum < fields[7], minimum, fields[7]);
+    }
+  };
 
   // exp(±|a|·(w - center)) times 1, u and u², u being the distance to the maximum (first three) or to the minimum.
   template <class V>
@@ -590,13 +641,41 @@ struct SoftMinMax {
 
   template <class Chunk>
   static Row reduce(const Chunk& chunk, double parameter) {
+    using ChunkFrame = Frame<typename Chunk::Scalar>;
+    // The series hold around any center: where the first entries suggest that they are enough, one look is enough.
+    constexpr int64_t kFirst = 1024;
+    const Extent<double> first = chunk.part(0, kFirst).template sum<Extent>();
+    const ChunkFrame guess(first.fields[0], first.fields[1], parameter);
+    if (guess.regime == Regime::kTiny && guess.is_representable() && chunk.size() > kFirst) {
+      const TinySumsAndExtent<double> sums = chunk.template sum<TinySumsAndExtent>(guess);
+      const double maximum = sums.fields[6], minimum = sums.fields[7];
+      if (guess.is_tiny_up_to(maximum, minimum)) {
+        return series_row<6>(guess, chunk.size(), sums.fields, maximum, minimum);
+      }
+    }
     const Extent<double> extent = chunk.template sum<Extent>();
-    const Frame<typename Chunk::Scalar> frame(extent.fields[0], extent.fields[1], parameter);
+    const ChunkFrame frame(extent.fields[0], extent.fields[1], parameter);
+    if (frame.is_representable()) return reduce_in(frame, chunk);
+    return reduce_in(Frame<double>(frame.maximum, frame.minimum, parameter), chunk.in_float64());
+  }
+
+  template <class Chunk>
+  static void apply(const Chunk& chunk, const Row& row, double parameter, double coefficient) {
+    const Frame<typename Chunk::Scalar> frame(row.maximum, row.minimum, parameter);
+    const double signed_coefficient = parameter < 0 ? -coefficient : coefficient;
+    if (frame.is_representable()) return apply_in(frame, chunk, row, signed_coefficient);
+    apply_in(Frame<double>(frame.maximum, frame.minimum, parameter), chunk.in_float64(), row, signed_coefficient);
+  }
+
+ private:
+  template <class T, class Chunk>
+  static Row reduce_in(const Frame<T>& frame, const Chunk& chunk) {
+    const double maximum = frame.maximum, minimum = frame.minimum;
     switch (frame.regime) {
       case Regime::kTiny:
-        return series_row(frame, chunk.size(), chunk.template sum<TinySums>(frame).fields);
+        return series_row<6>(frame, chunk.size(), chunk.template sum<TinySums>(frame).fields, maximum, minimum);
       case Regime::kSmall:
-        return series_row(frame, chunk.size(), chunk.template sum<SmallSums>(frame).fields);
+        return series_row<10>(frame, chunk.size(), chunk.template sum<SmallSums>(frame).fields, maximum, minimum);
       case Regime::kMiddle:
         return middle_row(frame, chunk.template sum<MiddleSums>(frame).fields);
       default:
@@ -604,26 +683,23 @@ struct SoftMinMax {
     }
   }
 
-  template <class Chunk>
-  static void apply(const Chunk& chunk, const Row& row, double parameter, double coefficient) {
-    const Frame<typename Chunk::Scalar> frame(row.maximum, row.minimum, parameter);
-    const double signed_coefficient = parameter < 0 ? -coefficient : coefficient;
+  template <class T, class Chunk>
+  static void apply_in(const Frame<T>& frame, const Chunk& chunk, const Row& row, double coefficient) {
     switch (frame.regime) {
       case Regime::kTiny:
-        return chunk.template apply<TinySlope>(frame, row, signed_coefficient);
+        return chunk.template apply<TinySlope>(frame, row, coefficient);
       case Regime::kSmall:
-        return chunk.template apply<SmallSlope>(frame, row, signed_coefficient);
+        return chunk.template apply<SmallSlope>(frame, row, coefficient);
       case Regime::kMiddle:
-        return chunk.template apply<MiddleSlope>(frame, row, signed_coefficient);
+        return chunk.template apply<MiddleSlope>(frame, row, coefficient);
       default:
-        return chunk.template apply<LargeSlope>(frame, row, signed_coefficient);
+        return chunk.template apply<LargeSlope>(frame, row, coefficient);
     }
   }
 
- private:
   // The moments of d = w - center are power series in ±half whose coefficients are the sums of powers.
-  template <class T, int kOrder>
-  static Row series_row(const Frame<T>& frame, int64_t count, const double (&sums)[kOrder]) {
+  template <int kOrder, class T>
+  static Row series_row(const Frame<T>& frame, int64_t count, const double* sums, double maximum, double minimum) {
     Moments up{}, down{};
     double weight = 1;  // half^k / k!
     for (int k = 0; k <= kOrder; ++k) {
@@ -633,10 +709,10 @@ struct SoftMinMax {
       down = down + term.scaled(k % 2 == 0 ? weight : -weight);
       weight *= frame.half / (k + 1);
     }
-    const double reach = frame.inverse_reach == 0 ? 0 : frame.reach;
+    const double reach = frame.reach;
     const auto in_units = [=](const Moments& m) { return Moments{m.z, reach * m.s, reach * reach * m.q}; };
-    return {frame.maximum, frame.minimum, in_units(up).shifted(frame.center - frame.maximum, frame.temperature),
-            in_units(down).shifted(frame.center - frame.minimum, -frame.temperature)};
+    return {maximum, minimum, in_units(up).shifted(frame.center - maximum, frame.temperature),
+            in_units(down).shifted(frame.center - minimum, -frame.temperature)};
   }
   template <class T>
   static Row middle_row(const Frame<T>& frame, const double (&sums)[6]) {

@@ -149,10 +149,14 @@ _dispatched = {name: getattr(torch.ops.r2_kernels, name).default for name in SCH
 
 def kernel(name: str, device: torch.device) -> Callable[..., Any]:
     """The operator ``name`` for tensors on ``device``: of the backend that was asked for, else the dispatcher's."""
-    requested = backends.requested()
-    if requested is None:
+    return kernel_of(backends.requested(), name, device)
+
+
+def kernel_of(backend: str | None, name: str, device: torch.device) -> Callable[..., Any]:
+    """The operator ``name`` of the named backend, or for None the dispatcher's."""
+    if backend is None:
         return _dispatched[name]
-    return getattr(backends.load(requested, device.type), name)
+    return getattr(backends.load(backend, device.type), name)
 
 
 def widened(parameter: Tensor) -> Tensor:
@@ -167,7 +171,9 @@ class PenaltyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, penalty: str, parameter: Tensor | None, *weights: Tensor) -> Tensor:
         scalars = None if parameter is None else widened(parameter)
-        values, parameter_gradients, statistics, partials = kernel("reduce", weights[0].device)(
+        # Partials are one backend's own, and autograd may run backward in another thread or ``use_backend`` block.
+        ctx.backend = backends.requested()
+        values, parameter_gradients, statistics, partials = kernel_of(ctx.backend, "reduce", weights[0].device)(
             penalty, list(weights), scalars
         )
         ctx.penalty = penalty
@@ -192,7 +198,7 @@ class PenaltyFunction(torch.autograd.Function):
                 statistics, value_gradients = statistics[rows], value_gradients[rows]
                 scalars = None if scalars is None else scalars[rows]
                 weights = [weights[index] for index in chosen]
-            fresh = kernel("apply", weights[0].device)(
+            fresh = kernel_of(ctx.backend, "apply", weights[0].device)(
                 ctx.penalty, weights, scalars, statistics, partials, value_gradients
             )
             for index, gradient in zip(chosen, fresh, strict=True):

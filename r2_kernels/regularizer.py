@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -12,22 +13,34 @@ from torch import Tensor, nn
 from r2_kernels import functional, ops
 from r2_kernels.penalties import by_name
 from r2_kernels.report import Report, layer_report
-from r2_kernels.validation import check_parameter, check_weights
+from r2_kernels.validation import check_parameter, check_weights, value_dtype
 
 Selection = Callable[[str, Tensor], bool] | str | Sequence[str]
 Strength = float | Tensor | Sequence[float] | Callable[[int], float]
 
 
 class _Layer(NamedTuple):
-    """Where a weight is found at each step: parameters may be replaced, so none is kept where its owner is known."""
+    """Where a weight is found at each step: parameters and modules may be replaced, so none is kept but the root."""
 
     name: str
-    owner: nn.Module | None
+    root: nn.Module | None
+    path: tuple[str, ...]
     attribute: str
     parameter: Tensor | None
 
     def weight(self) -> Tensor:
-        return getattr(self.owner, self.attribute) if self.parameter is None else self.parameter
+        if self.parameter is not None:
+            return self.parameter
+        module: Any = self.root
+        try:
+            for name in self.path:  # Not by getattr, which takes several times as long on a module.
+                module = module._modules[name]
+            found = module._parameters[self.attribute]
+        except (KeyError, AttributeError):
+            found = None
+        if found is None:
+            raise ValueError(f"model: expected a parameter {self.name!r} as when it was given, but it is gone")
+        return found
 
 
 class RangeRegularizer(nn.Module):
@@ -84,13 +97,16 @@ class RangeRegularizer(nn.Module):
             if start is not None and self._rule.parameter != name:
                 raise ValueError(f"{name}: expected none, since the penalty {penalty!r} has no {name}")
         self._layers = tuple(_watched_layers(model, include, exclude))
+        repeated = [name for name, count in Counter(self.names).items() if count > 1]
+        if repeated:
+            raise ValueError(f"model: expected one parameter per name, got several of the name {repeated[0]!r}")
         if not self._layers:
             raise ValueError("model: expected at least one weight to regularize, but none is chosen")
         weights = self.weights()
         check_weights(weights, self.names)
         self.step = 0
-        self.strength: Strength | None = None
-        self._set_strength(strength, weights[0].device)
+        self.register_buffer("_strength_per_layer", None, persistent=False)
+        self.strength = strength
         starts = {"temperature": temperature, "margin": margin}
         if self._rule.parameter is not None:
             start = _initial_parameter(self._rule.parameter, starts[self._rule.parameter], weights)
@@ -100,6 +116,28 @@ class RangeRegularizer(nn.Module):
     def names(self) -> list[str]:
         """The watched weights' names, in the order of all results."""
         return [layer.name for layer in self._layers]
+
+    @property
+    def strength(self) -> Strength:
+        """What the penalty is multiplied with, as given; it may be set at any time."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: Strength) -> None:
+        per_layer = None
+        if isinstance(strength, Tensor) or (isinstance(strength, Sequence) and not isinstance(strength, str)):
+            per_layer = _as_numbers("strength", strength, self.weights()[0].device)
+            if per_layer.ndim and per_layer.shape != (len(self._layers),):
+                raise ValueError(
+                    f"strength: expected one number per layer, shape ({len(self._layers)},), "
+                    f"got {tuple(per_layer.shape)}"
+                )
+        elif not callable(strength) and (isinstance(strength, bool) or not isinstance(strength, (int, float))):
+            raise TypeError(
+                f"strength: expected a number, one per layer or a function of the step, got {type(strength).__name__}"
+            )
+        self._strength_per_layer = per_layer
+        self._strength = strength if per_layer is None else per_layer
 
     def weights(self) -> list[Tensor]:
         """The watched weights as they are now."""
@@ -114,7 +152,7 @@ class RangeRegularizer(nn.Module):
         values = self._values()
         if check_finite:
             self._check_finite(values)
-        loss = (values * self._strengths(values)).sum()
+        loss = (values * self._strengths(values.dtype, values.device)).sum()
         if self.training and torch.is_grad_enabled():
             self._advance()
         return loss
@@ -144,12 +182,13 @@ class RangeRegularizer(nn.Module):
         parameter, scalars = self._parameter(weights)
         if check_finite:
             self._check_finite(self._values())
+        strengths = self._strengths(value_dtype(weights), weights[0].device)
+        coefficients = strengths * _scale(scale)
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-        strengths = self._strengths(weights[0])
-        coefficients = strengths * scale
         values, parameter_gradients = ops.kernel("reduce_apply_", weights[0].device)(
             self.penalty, weights, scalars, coefficients, gradients
         )
+        torch.autograd.graph.increment_version(gradients)  # A graph that saved one must notice, as of any operator.
         for weight, gradient in zip(weights, gradients, strict=True):
             if weight.grad is None:
                 weight.grad = gradient
@@ -181,12 +220,17 @@ class RangeRegularizer(nn.Module):
         return {"penalty": self.penalty, "names": self.names, "step": self.step}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.step = int(state["step"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Before anything is loaded: shapes that fit do not make it the state of the same layers.
+        state = state_dict.get(f"{prefix}_extra_state", self.get_extra_state())
         if state["penalty"] != self.penalty:
             raise ValueError(f"state_dict: expected the state of penalty {self.penalty!r}, got {state['penalty']!r}")
         if list(state["names"]) != self.names:
             different = sorted(set(state["names"]) ^ set(self.names)) or "the same weights in another order"
             raise ValueError(f"state_dict: expected the state of the watched weights, differs in {different}")
-        self.step = int(state["step"])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"penalty={self.penalty!r}, layers={len(self._layers)}, strength={self.strength}"
@@ -216,32 +260,17 @@ class RangeRegularizer(nn.Module):
         check_parameter(parameter, self._rule.parameter, weights)
         return parameter, ops.widened(parameter)
 
-    def _set_strength(self, strength: Strength, device: torch.device) -> None:
-        per_layer = None
-        if isinstance(strength, Tensor) or (isinstance(strength, Sequence) and not isinstance(strength, str)):
-            per_layer = torch.as_tensor(strength, dtype=torch.float32, device=device).detach()
-            if per_layer.ndim and per_layer.shape != (len(self._layers),):
-                raise ValueError(
-                    f"strength: expected one number per layer, shape ({len(self._layers)},), "
-                    f"got {tuple(per_layer.shape)}"
-                )
-            strength = per_layer
-        elif not callable(strength) and (isinstance(strength, bool) or not isinstance(strength, (int, float))):
-            raise TypeError(
-                f"strength: expected a number, one per layer or a function of the step, got {type(strength).__name__}"
-            )
-        self.register_buffer("_strength_per_layer", per_layer, persistent=False)
-        self.strength = strength
-
-    def _strengths(self, like: Tensor) -> Tensor:
-        """The strength of each layer, shape (layers,), on the device of ``like``; float64 if that is, else float32."""
-        dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-        strength: Any = self._strength_per_layer if self._strength_per_layer is not None else self.strength
+    def _strengths(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The strength of each layer, shape (layers,)."""
+        strength: Any = self._strength if self._strength_per_layer is None else self._strength_per_layer
         if callable(strength):
             strength = strength(self.step)
+            is_number = isinstance(strength, (int, float)) or (isinstance(strength, Tensor) and strength.numel() == 1)
+            if not is_number:
+                raise TypeError(f"strength: expected a function that returns a number, got {strength!r} from it")
         if isinstance(strength, Tensor):
-            return strength.to(like.device, dtype).expand(len(self._layers))
-        return torch.full((len(self._layers),), strength, dtype=dtype, device=like.device)
+            return strength.detach().to(device, dtype).expand(len(self._layers))
+        return torch.full((len(self._layers),), strength, dtype=dtype, device=device)
 
     def _advance(self) -> None:
         if callable(self.strength):  # Only a schedule counts: a number that changed each step would recompile a graph.
@@ -249,9 +278,11 @@ class RangeRegularizer(nn.Module):
 
     def _check_gradients(self, weights: Sequence[Tensor]) -> None:
         for index, (weight, layer) in enumerate(zip(weights, self._layers, strict=True)):
-            gradient = weight.grad
             if not weight.requires_grad:
                 raise ValueError(f"weights[{index}] ({layer.name!r}): expected a weight that requires a gradient")
+            if not weight.is_leaf:
+                raise ValueError(f"weights[{index}] ({layer.name!r}): expected a leaf, got the result of a computation")
+            gradient = weight.grad
             if gradient is None:
                 continue
             if gradient.layout is not torch.strided or gradient.dtype is not weight.dtype:
@@ -259,12 +290,41 @@ class RangeRegularizer(nn.Module):
                     f"gradient of weights[{index}] ({layer.name!r}): expected a dense tensor of {weight.dtype}, "
                     f"got {gradient.dtype}, {gradient.layout}"
                 )
+            if gradient.shape != weight.shape or gradient.device != weight.device:
+                raise ValueError(
+                    f"gradient of weights[{index}] ({layer.name!r}): expected shape {tuple(weight.shape)} on "
+                    f"{weight.device}, got {tuple(gradient.shape)} on {gradient.device}"
+                )
+            if not gradient.is_contiguous() and _overlaps_itself(gradient):
+                raise ValueError(
+                    f"gradient of weights[{index}] ({layer.name!r}): expected one memory location per entry, "
+                    f"got overlapping ones, strides {gradient.stride()}"
+                )
 
     def _check_finite(self, values: Tensor) -> None:
         is_finite = torch.isfinite(values.detach()).tolist()
         if not all(is_finite):
             layers = [repr(name) for name, finite in zip(self.names, is_finite, strict=True) if not finite]
             raise FloatingPointError(f"the {self.penalty} penalty is not finite for {', '.join(layers)}")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether entries share memory; never wrong where it says no."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
+
+
+def _scale(scale: float | Tensor) -> float | Tensor:
+    if isinstance(scale, Tensor) and scale.numel() == 1 and not scale.is_complex():
+        return scale.detach().reshape(())
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or a tensor of one, got {scale!r}")
+    return scale
 
 
 def _watched_layers(
@@ -285,8 +345,8 @@ def _watched_layers(
 def _candidates(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Iterator[_Layer]:
     if isinstance(model, nn.Module):
         for name, _ in model.named_parameters():
-            owner, _, attribute = name.rpartition(".")
-            yield _Layer(name, model.get_submodule(owner), attribute, None)
+            *path, attribute = name.split(".")
+            yield _Layer(name, model, tuple(path), attribute, None)
         return
     if isinstance(model, Tensor) or not isinstance(model, Iterable):
         raise TypeError(f"model: expected a module or an iterable of (name, parameter), got {type(model).__name__}")
@@ -296,7 +356,7 @@ def _candidates(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Iterator[_La
         name, parameter = item
         if not isinstance(parameter, Tensor):
             raise TypeError(f"model: expected a tensor for {name!r}, got {type(parameter).__name__}")
-        yield _Layer(name, None, "", parameter)
+        yield _Layer(name, None, (), "", parameter)
 
 
 def _has_a_range(name: str, parameter: Tensor) -> bool:
@@ -306,18 +366,30 @@ def _has_a_range(name: str, parameter: Tensor) -> bool:
 def _predicate(argument: str, selection: Selection) -> Callable[[str, Tensor], bool]:
     if callable(selection):
         return selection
-    patterns = (selection,) if isinstance(selection, str) else tuple(selection)
+    patterns = (selection,) if isinstance(selection, str) else selection
+    patterns = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{argument}: expected a predicate of (name, parameter) or name patterns, got {selection!r}")
     return lambda name, parameter: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _as_numbers(argument: str, given: Any, device: torch.device) -> Tensor:
+    """A number or a sequence of numbers as a tensor, float32."""
+    try:
+        return torch.as_tensor(given, dtype=torch.float32, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{argument}: expected a number or one per layer, got {given!r}") from error
+
+
 def _initial_parameter(name: str, start: float | Sequence[float] | None, weights: Sequence[Tensor]) -> Tensor:
     """M or the temperature at the start, float32: 0.1 and twice the standard deviation unless the caller says."""
-    given = torch.as_tensor({"temperature": 0.1, "margin": 2.0}[name] if start is None else start, dtype=torch.float32)
+    start = {"temperature": 0.1, "margin": 2.0}[name] if start is None else start
+    given = _as_numbers(name, start, weights[0].device)
     if given.ndim and given.shape != (len(weights),):
-        raise ValueError(f"{name}: expected a number or one per layer, shape ({len(weights)},), got {tuple(given.shape)}")
-    given = given.to(weights[0].device).expand(len(weights)).clone()
+        raise ValueError(
+            f"{name}: expected a number or one per layer, shape ({len(weights)},), got {tuple(given.shape)}"
+        )
+    given = given.expand(len(weights)).clone()
     if name == "margin":
         given *= torch.stack([weight.detach().float().std(correction=0) for weight in weights])
     return given

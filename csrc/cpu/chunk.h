@@ -25,6 +25,39 @@ class Chunk {
 
   int64_t size() const { return size_; }
 
+  // The entries from `begin` on, `size` of them or as many as there are.
+  Chunk part(int64_t begin, int64_t size) const {
+    return Chunk(weight_ + begin, gradient_ == nullptr ? nullptr : gradient_ + begin,
+                 begin + size < size_ ? size : size_ - begin);
+  }
+
+  // The same entries, one at a time in float64: for the few magnitudes that a float32 lane cannot hold.
+  class InFloat64 {
+   public:
+    using Scalar = double;
+
+    explicit InFloat64(const Chunk& chunk) : chunk_(chunk) {}
+    int64_t size() const { return chunk_.size_; }
+    template <template <class> class Sums, class... Arguments>
+    Sums<double> sum(const Arguments&... arguments) const {
+      Sums<double> sums(arguments...);
+      for (int64_t i = 0; i < chunk_.size_; ++i) sums.add(static_cast<double>(chunk_.weight_[i]));
+      return sums;
+    }
+    template <template <class> class Slope, class... Arguments>
+    void apply(const Arguments&... arguments) const {
+      const Slope<double> slope(arguments...);
+      for (int64_t i = 0; i < chunk_.size_; ++i) {
+        chunk_.put(static_cast<ChunkScalar>(slope(static_cast<double>(chunk_.weight_[i]))), i);
+      }
+    }
+
+   private:
+    using ChunkScalar = scalar_t<Storage>;
+    const Chunk& chunk_;
+  };
+  InFloat64 in_float64() const { return InFloat64(*this); }
+
   // The sums over all entries, each lane's constructed from `arguments`.
   template <template <class> class Sums, class... Arguments>
   Sums<double> sum(const Arguments&... arguments) const {
@@ -35,8 +68,9 @@ class Chunk {
       const int64_t stop = i + kBlock < size_ ? i + kBlock : size_;
       Sums<Vector> block = zero, second_block = zero;  // two, so that one add need not wait for the last
       for (; i + 2 * kWidth <= stop; i += 2 * kWidth) {
-        block.add(load(weight_ + i));
-        second_block.add(load(weight_ + i + kWidth));
+        const Pair<Vector> w = load_pair(weight_ + i);
+        block.add(w.first);
+        second_block.add(w.second);
       }
       if (i + kWidth <= stop) {
         block.add(load(weight_ + i));
@@ -57,7 +91,19 @@ class Chunk {
   void apply(const Arguments&... arguments) const {
     const Slope<Vector> slope(arguments...);
     int64_t i = 0;
-    for (; i + kWidth <= size_; i += kWidth) put(slope(load(weight_ + i)), i);
+    for (; i + 2 * kWidth <= size_; i += 2 * kWidth) {
+      const Pair<Vector> w = load_pair(weight_ + i);
+      Pair<Vector> slopes{slope(w.first), slope(w.second)};
+      if constexpr (kAccumulate) {
+        const Pair<Vector> old = load_pair(gradient_ + i);
+        slopes = {old.first + slopes.first, old.second + slopes.second};
+      }
+      store_pair(gradient_ + i, slopes);
+    }
+    if (i + kWidth <= size_) {
+      put(slope(load(weight_ + i)), i);
+      i += kWidth;
+    }
     const Slope<Scalar> scalar_slope(arguments...);
     for (; i < size_; ++i) put(scalar_slope(static_cast<Scalar>(weight_[i])), i);
   }

@@ -29,20 +29,36 @@ Storage storage_of(const Tensor& tensor, const char* name, size_t index) {
   }
 }
 
-// Whether the entries fill a contiguous range of memory without overlap, in any order of dimensions.
-bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+// (stride, size) of the dimensions that are not 1, the smallest stride first.
+std::vector<std::pair<int64_t, int64_t>> dimensions_by_stride(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) != 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
   }
   std::sort(dimensions.begin(), dimensions.end());
+  return dimensions;
+}
+
+// Whether the entries fill a contiguous range of memory without overlap, in any order of dimensions.
+bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
   int64_t expected = 1;
-  for (const auto& [stride, size] : dimensions) {
+  for (const auto& [stride, size] : dimensions_by_stride(tensor)) {
     if (stride != expected) return false;
     expected *= size;
   }
   return true;
+}
+
+// Whether some entries share memory; where it says no, none do.
+bool overlaps_itself(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  int64_t reach = 1;
+  for (const auto& [stride, size] : dimensions_by_stride(tensor)) {
+    if (stride < reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
 }
 
 bool have_same_shape(const Tensor& a, const Tensor& b) {
@@ -103,6 +119,8 @@ void Segments::accumulate_into(const std::vector<Tensor>& gradients) {
     STD_TORCH_CHECK(storage == segments_[i].storage, "gradients[", i, "]: expected the dtype of its weight");
     STD_TORCH_CHECK(have_same_shape(gradients[i], weights_[i]), "gradients[", i,
                     "]: expected the shape of its weight");
+    STD_TORCH_CHECK(!overlaps_itself(gradients[i]), "gradients[", i,
+                    "]: expected one memory location per entry");
   }
   for (size_t i = 0; i < gradients.size(); ++i) {
     Tensor gradient = gradients[i];

@@ -82,7 +82,15 @@ R2_INLINE To load_unaligned(const void* from) {
 R2_INLINE FloatVector load(const float* from) { return load_unaligned<FloatVector>(from); }
 R2_INLINE DoubleVector load(const double* from) { return load_unaligned<DoubleVector>(from); }
 R2_INLINE FloatVector load(const BFloat16* from) {
-  return from_bits<FloatVector>(__builtin_convertvector(load_unaligned<HalfBits>(from), FloatBits) << 16);
+  const HalfBits half = load_unaligned<HalfBits>(from);
+#if R2_X86 && R2_VECTOR_BYTES == 64
+  const FloatBits bits = (FloatBits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half);
+#elif R2_X86 && R2_VECTOR_BYTES == 32
+  const FloatBits bits = (FloatBits)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  const FloatBits bits = __builtin_convertvector(half, FloatBits);
+#endif
+  return from_bits<FloatVector>(bits << 16);
 }
 R2_INLINE FloatVector load(const Half* from) {
 #if R2_X86 && R2_VECTOR_BYTES == 64
@@ -96,18 +104,23 @@ R2_INLINE FloatVector load(const Half* from) {
 #endif
 }
 
+// The bits of bfloat16 in the upper half of each lane, rounded to nearest, ties to even.
+R2_INLINE FloatBits round_to_bfloat16(FloatVector x) {
+  const FloatBits bits = to_bits(x);
+  const FloatBits quiet_nan = bits | 0x00400000u;
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1) : quiet_nan;
+}
+
 R2_INLINE void store(float* to, FloatVector x) { __builtin_memcpy(to, &x, sizeof(x)); }
 R2_INLINE void store(double* to, DoubleVector x) { __builtin_memcpy(to, &x, sizeof(x)); }
 R2_INLINE void store(BFloat16* to, FloatVector x) {
-  const FloatBits bits = to_bits(x);
-  const FloatBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const FloatBits quiet_nan = (bits >> 16) | 0x40;
-  const HalfBits half = __builtin_convertvector(x == x ? rounded : quiet_nan, HalfBits);
+  const HalfBits half = __builtin_convertvector(round_to_bfloat16(x) >> 16, HalfBits);
   __builtin_memcpy(to, &half, sizeof(half));
 }
 R2_INLINE void store(Half* to, FloatVector x) {
 #if R2_X86 && R2_VECTOR_BYTES == 64
-  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i half =
+      _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __builtin_memcpy(to, &half, sizeof(half));
 #elif R2_X86 && R2_VECTOR_BYTES == 32
   const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -115,6 +128,30 @@ R2_INLINE void store(Half* to, FloatVector x) {
 #else
   for (int i = 0; i < kLanes<FloatVector>; ++i) to[i] = x[i];
 #endif
+}
+
+// Two vectors' worth of consecutive entries, in an order of the storage type's own: of each pair of bfloat16 in a
+// 32-bit word one is a shift away from float32 and the other a mask, where two vectors in order take a shuffle each.
+template <class V>
+struct Pair {
+  V first, second;
+};
+template <class Storage>
+R2_INLINE Pair<vector_t<Storage>> load_pair(const Storage* from) {
+  return {load(from), load(from + kLanes<vector_t<Storage>>)};
+}
+R2_INLINE Pair<FloatVector> load_pair(const BFloat16* from) {
+  const FloatBits words = load_unaligned<FloatBits>(from);
+  return {from_bits<FloatVector>(words << 16), from_bits<FloatVector>(words & 0xffff0000u)};
+}
+template <class Storage>
+R2_INLINE void store_pair(Storage* to, Pair<vector_t<Storage>> pair) {
+  store(to, pair.first);
+  store(to + kLanes<vector_t<Storage>>, pair.second);
+}
+R2_INLINE void store_pair(BFloat16* to, Pair<FloatVector> pair) {
+  const FloatBits words = (round_to_bfloat16(pair.first) >> 16) | (round_to_bfloat16(pair.second) & 0xffff0000u);
+  __builtin_memcpy(to, &words, sizeof(words));
 }
 
 }  // namespace R2_INSTRUCTION_SET

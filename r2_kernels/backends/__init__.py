@@ -8,16 +8,24 @@ missing and how to get it. A new backend is one such module and one line in ``BA
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib import import_module
 from types import ModuleType
 
 ENVIRONMENT_VARIABLE = "R2_KERNELS_BACKEND"
 BACKENDS = ("reference", "cpu", "triton")
 
-_requested: ContextVar[str | None] = ContextVar("r2_kernels_backend", default=None)
+
+
+class _Requested(threading.local):
+    """What this thread has asked for. (Not a ContextVar: torch.compile cannot trace one.)"""
+
+    name: str | None = None
+
+
+_requested = _Requested()
 
 
 def by_name(name: str) -> ModuleType:
@@ -55,16 +63,16 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: that backend misses something here; the message says what, and how to get it.
     """
     load(name)
-    token = _requested.set(name)
+    before, _requested.name = _requested.name, name
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.name = before
 
 
 def requested() -> str | None:
     """The backend that the caller asked for, or None: then the weights' device decides."""
-    return _requested.get() or _from_environment
+    return _requested.name or _from_environment
 
 
 def _read_environment() -> str | None:
