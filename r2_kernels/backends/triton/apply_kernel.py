@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from r2_kernels.backends.triton.reduce_kernels import load_scalar
+from r2_kernels.backends.triton.storage import narrowed, widened
 
 
 # chunks, segments, parameters   as in ``reduce_kernels.py``
@@ -76,7 +77,7 @@ def _apply(
     ACCUMULATOR: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    result = gradient(tl.load(weights, mask=mask).to(ACCUMULATOR), constants)
+    result = gradient(widened(tl.load(weights, mask=mask), ACCUMULATOR), constants)
     if ADD:
-        result += tl.load(gradients, mask=mask).to(ACCUMULATOR)
-    tl.store(gradients, result.to(gradients.dtype.element_ty), mask=mask)
+        result += widened(tl.load(gradients, mask=mask), ACCUMULATOR)
+    tl.store(gradients, narrowed(result, gradients.dtype.element_ty), mask=mask)

@@ -71,7 +71,8 @@ class DestinationTable:
 
     def __init__(self, gradients: Sequence[Tensor], strides: Sequence[tuple[tuple[int, int], ...]]) -> None:
         self.copied = [
-            index for index, (gradient, like) in enumerate(zip(gradients, strides, strict=True))
+            index
+            for index, (gradient, like) in enumerate(zip(gradients, strides, strict=True))
             if _strides(gradient) != like
         ]
         if not self.copied:
@@ -117,6 +118,7 @@ class TableCache(Generic[Entry]):
 
     def __init__(self) -> None:
         self._entries: OrderedDict[tuple[object, ...], _Remembered[Entry]] = OrderedDict()
+        self._latest: _Remembered[Entry] | None = None
         self._captured: list[_Remembered[Entry]] = []
 
     def __len__(self) -> int:
@@ -128,12 +130,16 @@ class TableCache(Generic[Entry]):
         Raises:
             RuntimeError: a CUDA graph is being captured, and the table would have to be built.
         """
-        key = (owner, *map(Tensor.data_ptr, tensors))
-        remembered = self._entries.get(key)
-        if remembered is not None and remembered.guards.check(*tensors):
-            self._entries.move_to_end(key)
-        else:
-            remembered = self._remember(key, tensors, build)
+        addresses = list(map(Tensor.data_ptr, tensors))
+        # Most steps are the one before again, and to compare addresses is faster than to hash them.
+        remembered = self._latest
+        if remembered is None or remembered.owner is not owner or remembered.addresses != addresses:
+            remembered = self._entries.get((owner, *addresses))
+        if remembered is None or not remembered.guards.check(*tensors):
+            remembered = self._remember(tensors, owner, addresses, build)
+        if remembered is not self._latest:
+            self._latest = remembered
+            self._entries.move_to_end((owner, *addresses))
         if remembered.stream is not None:
             self._join_stream(remembered)
         return remembered.entry
@@ -141,9 +147,10 @@ class TableCache(Generic[Entry]):
     def clear(self) -> None:
         """Forget all tables but those that CUDA graphs use."""
         self._entries.clear()
+        self._latest = None
 
     def _remember(
-        self, key: tuple[object, ...], tensors: Sequence[Tensor], build: Callable[[], Entry]
+        self, tensors: Sequence[Tensor], owner: object, addresses: list[int], build: Callable[[], Entry]
     ) -> _Remembered[Entry]:
         is_cuda = tensors[0].is_cuda
         if is_cuda and torch.cuda.is_current_stream_capturing():
@@ -153,11 +160,14 @@ class TableCache(Generic[Entry]):
             )
         entry = build()
         stream = torch.cuda.current_stream(tensors[0].device) if is_cuda else None
-        unspecified = [[None] * tensor.dim() for tensor in tensors]
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=unspecified, dynamic_dims_strides=unspecified)
-        remembered = _Remembered(entry, guards, stream, None if stream is None else stream.record_event())
-        self._entries[key] = remembered
-        self._entries.move_to_end(key)
+        guards = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        )
+        event = None if stream is None else stream.record_event()
+        remembered = _Remembered(entry, owner, addresses, guards, stream, event)
+        self._entries[(owner, *addresses)] = remembered
         if len(self._entries) > CACHED_LISTS:
             self._entries.popitem(last=False)
         return remembered
@@ -177,6 +187,8 @@ class TableCache(Generic[Entry]):
 
 class _Remembered(NamedTuple, Generic[Entry]):
     entry: Entry
+    owner: object
+    addresses: list[int]
     guards: TensorGuards
     stream: torch.cuda.Stream | None
     event: torch.cuda.Event | None

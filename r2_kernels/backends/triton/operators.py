@@ -37,21 +37,98 @@ _weight_tables: TableCache[WeightTable] = TableCache()
 _destination_tables: TableCache[DestinationTable] = TableCache()
 
 
-def reduce(
-    penalty: str, weights: Sequence[Tensor], parameter: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rule = by_name(penalty)
+def reduce(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table, weights = _weight_table(weights)
+    return _reduce(penalty, table, weights[0], parameter)
+
+
+def finalize(penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rule = by_name(penalty)
+    count = len(statistics)
+    statistics = statistics.contiguous()
+    values = statistics.new_empty(count, dtype=dtype)
+    slopes = statistics.new_empty(0 if rule.parameter is None else count, dtype=dtype)
+    lanes = 128
+    with _on(statistics.device):
+        launch(
+            finalize_rows,
+            triton.cdiv(count, lanes),
+            (statistics, parameter, 0 if parameter is None else parameter.stride(0), values),
+            slopes=None if rule.parameter is None else slopes,
+            count=count,
+            finalize=FUNCTIONS[penalty].finalize,
+            STATISTICS=len(rule.statistics),
+            LANES=lanes,
+            num_warps=4,
+        )
+    return values, slopes
+
+
+def apply(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    statistics: Tensor,
+    partials: Tensor,
+    coefficients: Tensor,
+) -> list[Tensor]:
+    gradients = [torch.empty_like(weight) for weight in weights]
+    table, dense = _weight_table(weights)
+    _apply(penalty, table, dense, parameter, statistics, partials, coefficients, gradients, False)
+    return gradients
+
+
+def apply_(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    statistics: Tensor,
+    partials: Tensor,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+) -> None:
+    table, weights = _weight_table(weights)
+    _apply(penalty, table, weights, parameter, statistics, partials, coefficients, gradients, True)
+
+
+def reduce_apply_(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    table, weights = _weight_table(weights)
+    values, slopes, statistics, partials = _reduce(penalty, table, weights[0], parameter)
+    _apply(penalty, table, weights, parameter, statistics, partials, coefficients, gradients, True)
+    return values, slopes
+
+
+def launch(kernel: Any, programs: int, arguments: Sequence[Any], **constants: Any) -> None:
+    """The one place where this backend launches a kernel."""
+    kernel[(programs,)](*arguments, **constants)
+
+
+def reduce_options(is_float64: bool) -> dict[str, int]:
+    """Warps, and registers a thread, of ``reduce_chunks``: 32 entries a thread, which stay in its registers."""
+    return {"num_warps": 32} if is_float64 else {"num_warps": 16}
+
+
+def _reduce(
+    penalty: str, table: WeightTable, like: Tensor, parameter: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of ``reduce``, on the device of ``like``."""
+    rule = by_name(penalty)
     dtype = torch.float64 if table.is_float64 else torch.float32
-    new_empty = weights[0].new_empty
-    count = len(weights)
+    new_empty = like.new_empty
+    count = len(table.segments)
     values = new_empty(count, dtype=dtype)
     slopes = new_empty(0 if rule.parameter is None else count, dtype=dtype)
     statistics = new_empty((count, len(rule.statistics)), dtype=torch.float64)
     partials = new_empty(table.chunks if rule.is_sparse else 0, dtype=torch.float64)
     sums = new_empty((sums_per_chunk(penalty, table.is_float64), table.chunks), dtype=dtype)
     functions = FUNCTIONS[penalty]
-    with _on(weights[0].device):
+    with _on(like.device):
         for group in table.groups:
             is_float64 = group.dtype is torch.float64
             accumulator = tl.float64 if is_float64 else tl.float32
@@ -85,79 +162,9 @@ def reduce(
     return values, slopes, statistics, partials
 
 
-def finalize(
-    penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    rule = by_name(penalty)
-    count = len(statistics)
-    statistics = statistics.contiguous()
-    values = statistics.new_empty(count, dtype=dtype)
-    slopes = statistics.new_empty(0 if rule.parameter is None else count, dtype=dtype)
-    lanes = 128
-    with _on(statistics.device):
-        launch(
-            finalize_rows,
-            triton.cdiv(count, lanes),
-            (statistics, parameter, 0 if parameter is None else parameter.stride(0), values),
-            slopes=None if rule.parameter is None else slopes,
-            count=count,
-            finalize=FUNCTIONS[penalty].finalize,
-            STATISTICS=len(rule.statistics),
-            LANES=lanes,
-            num_warps=4,
-        )
-    return values, slopes
-
-
-def apply(
-    penalty: str,
-    weights: Sequence[Tensor],
-    parameter: Tensor | None,
-    statistics: Tensor,
-    partials: Tensor,
-    coefficients: Tensor,
-) -> list[Tensor]:
-    gradients = [torch.empty_like(weight) for weight in weights]
-    _apply(penalty, weights, parameter, statistics, partials, coefficients, gradients, False)
-    return gradients
-
-
-def apply_(
-    penalty: str,
-    weights: Sequence[Tensor],
-    parameter: Tensor | None,
-    statistics: Tensor,
-    partials: Tensor,
-    coefficients: Tensor,
-    gradients: Sequence[Tensor],
-) -> None:
-    _apply(penalty, weights, parameter, statistics, partials, coefficients, gradients, True)
-
-
-def reduce_apply_(
-    penalty: str,
-    weights: Sequence[Tensor],
-    parameter: Tensor | None,
-    coefficients: Tensor,
-    gradients: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    values, slopes, statistics, partials = reduce(penalty, weights, parameter)
-    _apply(penalty, weights, parameter, statistics, partials, coefficients, gradients, True)
-    return values, slopes
-
-
-def launch(kernel: Any, programs: int, arguments: Sequence[Any], **constants: Any) -> None:
-    """The one place where this backend launches a kernel."""
-    kernel[(programs,)](*arguments, **constants)
-
-
-def reduce_options(is_float64: bool) -> dict[str, int]:
-    """Warps, and registers a thread, of ``reduce_chunks``: 32 entries a thread, which stay in its registers."""
-    return {"num_warps": 32} if is_float64 else {"num_warps": 16}
-
-
 def _apply(
     penalty: str,
+    table: WeightTable,
     weights: Sequence[Tensor],
     parameter: Tensor | None,
     statistics: Tensor,
@@ -167,7 +174,6 @@ def _apply(
     add: bool,
 ) -> None:
     rule = by_name(penalty)
-    table, weights = _weight_table(weights)
     destinations, in_place, copied = _destination_table(table, weights, gradients)
     functions = FUNCTIONS[penalty]
     with _on(weights[0].device):

@@ -26,6 +26,10 @@ import triton.language as tl
 from r2_kernels.backends.triton.exponentials import LOG2_E, SERIES_FLOAT32, SERIES_FLOAT64, hyperbolic
 
 INFINITY = tl.constexpr(float("inf"))
+# |a| times half the distance of the ends. Up to SMALL, exp is a polynomial, and no difference between the two ends may
+# cancel; up to MIDDLE, moments about the center are better conditioned than moments about the ends, and cheaper.
+SMALL = tl.constexpr(0.5)
+MIDDLE = tl.constexpr(2.0)
 # Temperatures in units of one over a chunk's extent end here: exp2 of the smallest distance is zero long before.
 STEEPEST = tl.constexpr(2.0**100)
 
@@ -53,11 +57,6 @@ def _where_valid(mask, values, otherwise):
 @triton.jit
 def _with_sign_of(w, magnitude):
     return tl.where(w < 0, -magnitude, magnitude)
-
-
-@triton.jit
-def _integer_type(dtype: tl.constexpr):
-    return tl.int64 if dtype == tl.float64 else tl.int32
 
 
 @triton.jit
@@ -179,8 +178,8 @@ def _frame(maximum, minimum, temperature):
     """What the sums and gradients of entries between two ends are anchored to.
 
     Returns the center of the ends; ``unit``, the power of two that brings half their distance into [0.5, 1), so that
-    no distance or square of one over- or underflows; its inverse; and whether |a| times half the distance is at most
-    0.5, where exp is a polynomial and differences of the two ends must not cancel.
+    no distance or square of one over- or underflows; its inverse; and |a| times half the distance, which decides how
+    exponentials are computed.
     """
     center = maximum * 0.5 + minimum * 0.5
     reach = maximum * 0.5 - minimum * 0.5
@@ -194,7 +193,7 @@ def _frame(maximum, minimum, temperature):
         field = tl.where(reach == 0, 127, tl.maximum(253 - exponent, 1)).to(tl.int32)
         unit = (field << 23).to(tl.float32, bitcast=True)
         inverse = ((254 - field) << 23).to(tl.float32, bitcast=True)
-    return center, unit, inverse, temperature * reach <= 0.5
+    return center, unit, inverse, temperature * reach
 
 
 @triton.jit
@@ -221,10 +220,15 @@ def _power_sums(x):
 
 
 @triton.jit
-def _end_sums(w, mask, unit, end, steepness):
-    """Sums of e, u·e and u²·e with u = (w - end)·unit and e = exp2(steepness·u)."""
-    u = tl.fma(w, tl.full(w.shape, unit, w.dtype), tl.full(w.shape, -(end * unit), w.dtype))
-    e = _where_valid(mask, tl.exp2(u * steepness), 0.0)
+def _in_units(w, unit, origin):
+    """(w - origin)·unit with one rounding, as unit is a power of two."""
+    return tl.fma(w, tl.full(w.shape, unit, w.dtype), tl.full(w.shape, -(origin * unit), w.dtype))
+
+
+@triton.jit
+def _moments(mask, u, exponent):
+    """Sums of e, u·e and u²·e with e = exp2(exponent)."""
+    e = _where_valid(mask, tl.exp2(exponent), 0.0)
     first = u * e
     return tl.sum(e, axis=0), tl.sum(first, axis=0), tl.sum(u * first, axis=0)
 
@@ -234,16 +238,20 @@ def soft_min_max_add(w, mask, parameter):
     maximum = tl.max(_where_valid(mask, w, -INFINITY), axis=0)
     minimum = tl.min(_where_valid(mask, w, INFINITY), axis=0)
     temperature = tl.abs(parameter).to(w.dtype)
-    center, unit, inverse, is_small = _frame(maximum, minimum, temperature)
-    if is_small:
-        x = tl.fma(w, tl.full(w.shape, unit, w.dtype), tl.full(w.shape, -(center * unit), w.dtype))
-        sums = _power_sums(_where_valid(mask, x, 0.0))
+    center, unit, inverse, half = _frame(maximum, minimum, temperature)
+    if half <= SMALL:
+        sums = _power_sums(_where_valid(mask, _in_units(w, unit, center), 0.0))
     else:
         steepness = _steepness(temperature, inverse)
-        upper = _end_sums(w, mask, unit, maximum, steepness)
-        lower = _end_sums(w, mask, unit, minimum, -steepness)
+        if half <= MIDDLE:
+            x = _in_units(w, unit, center)
+            exponent = x * steepness
+            moments = _moments(mask, x, exponent) + _moments(mask, x, -exponent)
+        else:
+            upper, lower = _in_units(w, unit, maximum), _in_units(w, unit, minimum)
+            moments = _moments(mask, upper, upper * steepness) + _moments(mask, lower, -(lower * steepness))
         unused = maximum * 0
-        sums = upper + lower + (unused, unused)
+        sums = moments + (unused, unused)
         if w.dtype == tl.float64:
             sums = sums + (unused, unused, unused, unused, unused, unused)
     return (maximum, minimum) + sums
@@ -293,23 +301,22 @@ def _chosen(condition, if_true, if_false):
 
 @triton.jit
 def soft_min_max_convert(sums, parameter, length):
-    narrow = tl.abs(parameter).to(sums[0].dtype)
-    center, unit, inverse, is_small = _frame(sums[0], sums[1], narrow)
+    center, unit, inverse, half = _frame(sums[0], sums[1], tl.abs(parameter).to(sums[0].dtype))
     maximum, minimum = sums[0].to(tl.float64), sums[1].to(tl.float64)
     center, unit, inverse = center.to(tl.float64), unit.to(tl.float64), inverse.to(tl.float64)
     temperature = tl.abs(parameter)
-    # From the center to the ends, where exponentials were summed about the center.
-    rate = tl.where(is_small, temperature * inverse, 0.0)
-    up, down = maximum - center, minimum - center
-    upper = _moved(_moments_from_powers(sums, length, rate), -up * unit)
-    lower = _moved(_moments_from_powers(sums, length, -rate), -down * unit)
-    upper = _scaled(upper, tl.exp(-temperature * up), inverse)
-    lower = _scaled(lower, tl.exp(temperature * down), inverse)
-    at_ends = (
-        _scaled((sums[2].to(tl.float64), sums[3].to(tl.float64), sums[4].to(tl.float64)), 1.0, inverse),
-        _scaled((sums[5].to(tl.float64), sums[6].to(tl.float64), sums[7].to(tl.float64)), 1.0, inverse),
-    )
-    return (maximum, minimum) + _chosen(is_small, upper, at_ends[0]) + _chosen(is_small, lower, at_ends[1])
+    # At most 1, unless all distances are zero.
+    rate = tl.where(half <= SMALL, tl.minimum(temperature * inverse, 1.0), 0.0)
+    upper = (sums[2].to(tl.float64), sums[3].to(tl.float64), sums[4].to(tl.float64))
+    lower = (sums[5].to(tl.float64), sums[6].to(tl.float64), sums[7].to(tl.float64))
+    upper = _chosen(half <= SMALL, _moments_from_powers(sums, length, rate), upper)
+    lower = _chosen(half <= SMALL, _moments_from_powers(sums, length, -rate), lower)
+    # From the center, where the sums are about that, to the ends.
+    up = tl.where(half <= MIDDLE, center - maximum, 0.0)
+    down = tl.where(half <= MIDDLE, center - minimum, 0.0)
+    upper = _scaled(_moved(upper, up * unit), tl.exp(temperature * up), inverse)
+    lower = _scaled(_moved(lower, down * unit), tl.exp(-temperature * down), inverse)
+    return (maximum, minimum) + upper + lower
 
 
 @triton.jit
@@ -364,7 +371,8 @@ def soft_min_max_finalize(row, parameter):
 def soft_min_max_prepare(row, parameter, coefficient, dtype: tl.constexpr):
     maximum, minimum, z_upper, s_upper, _, z_lower, s_lower, _ = row
     temperature = tl.abs(parameter)
-    center, unit, inverse, is_small = _frame(maximum.to(dtype), minimum.to(dtype), temperature.to(dtype))
+    center, unit, inverse, half = _frame(maximum.to(dtype), minimum.to(dtype), temperature.to(dtype))
+    is_small = half <= SMALL
     coefficient = tl.where(parameter < 0, -coefficient, coefficient)
     mean_upper, mean_lower = temperature * (s_upper / z_upper), temperature * (s_lower / z_lower)
     if is_small:
@@ -382,8 +390,8 @@ def soft_min_max_prepare(row, parameter, coefficient, dtype: tl.constexpr):
     else:
         ln2: tl.constexpr = 0.6931471805599453
         p, q = coefficient / z_upper, coefficient / z_lower
-        constants = (unit, _steepness(temperature.to(dtype), inverse), maximum.to(dtype) * unit)
-        constants = constants + (minimum.to(dtype) * unit, (p * ln2).to(dtype), (p * (1 - mean_upper)).to(dtype))
+        constants = (unit, _steepness(temperature.to(dtype), inverse), maximum.to(dtype))
+        constants = constants + (minimum.to(dtype), (p * ln2).to(dtype), (p * (1 - mean_upper)).to(dtype))
         constants = constants + ((q * ln2).to(dtype), (q * (1 + mean_lower)).to(dtype), unit * 0)
     return (is_small,) + constants
 
@@ -401,9 +409,8 @@ def _small_gradient(w, center, temperature, scale, p_ratio, p_excess, q_ratio, q
 
 @triton.jit
 def _large_gradient(w, unit, steepness, maximum, minimum, p_scale, p_offset, q_scale, q_offset):
-    units = tl.full(w.shape, unit, w.dtype)
-    above = tl.fma(w, units, tl.full(w.shape, -maximum, w.dtype)) * steepness
-    below = tl.fma(w, units, tl.full(w.shape, -minimum, w.dtype)) * steepness
+    above = _in_units(w, unit, maximum) * steepness
+    below = _in_units(w, unit, minimum) * steepness
     upper = tl.exp2(above) * (above * p_scale + p_offset)
     return upper - tl.exp2(-below) * (q_offset - below * q_scale)
 
@@ -419,9 +426,7 @@ def soft_min_max_gradient(w, constants):
 
 
 FUNCTIONS = {
-    "linf": Functions(
-        linf_add, linf_convert, linf_merge, linf_across, linf_finalize, linf_prepare, linf_gradient
-    ),
+    "linf": Functions(linf_add, linf_convert, linf_merge, linf_across, linf_finalize, linf_prepare, linf_gradient),
     "margin": Functions(
         margin_add, margin_convert, margin_merge, margin_across, margin_finalize, margin_prepare, margin_gradient
     ),

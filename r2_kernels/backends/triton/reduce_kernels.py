@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from r2_kernels.backends.triton.storage import widened
+
 
 # chunks        int32 (chunks of this dtype, 2): the row of the segment in ``segments``, the chunk's number in it
 # segments      int64 (N, 3): address of the first entry, entries, number of the segment's first chunk in ``sums``
@@ -38,11 +40,11 @@ def reduce_chunks(
     weights = address.to(tl.pointer_type(DTYPE)) + number * CHUNK
     lanes = tl.arange(0, CHUNK)
     if (length == CHUNK) & (address % 16 == 0):
-        w = tl.load(tl.multiple_of(weights, 16) + lanes).to(ACCUMULATOR)
+        w = widened(tl.load(tl.multiple_of(weights, 16) + lanes), ACCUMULATOR)
         _store_fields(sums, all_chunks, add(w, None, parameter))
     else:
         mask = lanes < length
-        w = tl.load(weights + lanes, mask=mask, other=0.0).to(ACCUMULATOR)
+        w = widened(tl.load(weights + lanes, mask=mask, other=0.0), ACCUMULATOR)
         _store_fields(sums, all_chunks, add(w, mask, parameter))
 
 
