@@ -14,7 +14,14 @@ setup(
             sources=sorted(str(source) for source in CPU.glob("*.cpp")),
             depends=[str(header) for header in [*CPU.glob("*.h"), Path("csrc/penalties.h")]],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fvisibility=hidden",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-Wall",
+            ],
             py_limited_api=True,
         )
     ],

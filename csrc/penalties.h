@@ -2,11 +2,13 @@
 //
 // Written once for all C++ backends. A penalty is a struct of
 //
-//   Row         its statistics, doubles in the order of `statistics` in r2_kernels/penalties.py, with empty(), merge() and
+//   Row         its statistics, doubles in the order of `statistics` in r2_kernels/penalties.py, with empty(), merge()
+//   and
 //               finalize(): the same numbers whichever way a segment was cut
 //   Sums<V>     what one lane adds up over a chunk: add() an entry, merge() another lane's; all of it is in `fields`
 //   Slope<V>    the gradient with respect to an entry, from a finished row
-//   reduce()    which sums make the row of a chunk, and apply(), which slope its gradient: a chunk is the skeleton's, with
+//   reduce()    which sums make the row of a chunk, and apply(), which slope its gradient: a chunk is the skeleton's,
+//   with
 //               sum<Sums>(arguments of the constructor) and apply<Slope>(arguments of the constructor)
 //
 // V is a scalar or a vector of float or double: the same text serves SIMD lanes, the tail of a chunk and a GPU thread.
@@ -97,8 +99,8 @@ constexpr double inverse_factorial(int k) { return k == 0 ? 1 : inverse_factoria
 constexpr double power(double x, int k) { return k == 0 ? 1 : power(x, k - 1) * x; }
 
 // 2^t and 2^-t for |t| <= 120 from one range reduction: with t = n + r, |r| <= 1/2, they are
-// 2^±n · (cosh(r ln 2) ± sinh(r ln 2)). Relative error below 1e-7 for float, 1e-15 for double, but for the rounding of t.
-// A NaN in t may become any number: the caller multiplies with something that is NaN too.
+// 2^±n · (cosh(r ln 2) ± sinh(r ln 2)). Relative error below 1e-7 for float, 1e-15 for double, but for the rounding of
+// t. A NaN in t may become any number: the caller multiplies with something that is NaN too.
 template <class V>
 struct PowersOfTwo {
   V up, down;
@@ -337,8 +339,8 @@ struct SoftMinMax {
   };
 
   // What the exponentials of a chunk's sums, or of a segment's slopes, are anchored to: `center` is the middle of the
-  // extremes as a lane of type T holds it, `reach` the distance from there to either, and `half` = |a|·reach decides how
-  // they are computed.
+  // extremes as a lane of type T holds it, `reach` the distance from there to either, and `half` = |a|·reach decides
+  // how they are computed.
   enum class Regime {
     kTiny,    // by their series to the 6th power of x = (w - center) / reach: no exponential and no cancellation,
     kSmall,   // the same to the 10th power,
@@ -355,8 +357,8 @@ struct SoftMinMax {
           minimum(minimum),
           temperature(std::fabs(parameter)),
           center(static_cast<T>(maximum / 2 + minimum / 2)),
-          reach(maximum / 2 - minimum / 2),
-          inverse_reach(reach > 0 ? 1 / reach : 0),
+          reach(maximum / 2 - minimum / 2 > kSmallest ? maximum / 2 - minimum / 2 : kSmallest),
+          inverse_reach(1 / reach),
           half(temperature * reach),
           regime(half <= kTinyLimit    ? Regime::kTiny
                  : half <= kSmallLimit ? Regime::kSmall
@@ -370,10 +372,11 @@ struct SoftMinMax {
     // Whether lanes of type T hold the distances, their squares and the temperature without overflow or loss. Where
     // they do not, a chunk is computed in float64.
     bool is_representable() const {
-      constexpr double kLargest = sizeof(T) == sizeof(float) ? 1e15 : 1e150;
-      constexpr double kSmallest = sizeof(T) == sizeof(float) ? 1e-30 : 1e-290;
-      return (reach == 0 || reach >= kSmallest) && reach <= kLargest && temperature <= kLargest * kLargest;
+      return (reach > kSmallest || maximum == minimum) && reach <= kLargest && temperature <= kLargest * kLargest;
     }
+    static constexpr double kLargest = sizeof(T) == sizeof(float) ? 1e15 : 1e150;
+    static constexpr double kSmallest = sizeof(T) == sizeof(float) ? 1e-30 : 1e-290;
+
     // Whether the series to the 6th power hold for entries up to there, too, none of the powers overflowing.
     bool is_tiny_up_to(double maximum, double minimum) const {
       const double above = maximum - center, below = center - minimum;

@@ -57,7 +57,7 @@ def margin(weights: Sequence[Tensor], margin: Tensor) -> Tensor:
 
 
 def soft_min_max(weights: Sequence[Tensor], temperature: Tensor) -> Tensor:
-    """``s_max - s_min + exp(-a)`` of each weight: a smooth range that tends to max w - min w as the temperature a grows.
+    """``s_max - s_min + exp(-a)`` of each weight: a smooth range, max w - min w as the temperature a grows.
 
     ``s_max`` is the mean of w under softmax(a·w), ``s_min`` that under softmax(-a·w); exp(-a) drives a learnable
     temperature up. At a = 0 the value is 1 and w has no gradient.

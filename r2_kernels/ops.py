@@ -97,9 +97,7 @@ def _(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tupl
 
 
 @torch.library.register_fake("r2_kernels::finalize", lib=_library)
-def _(
-    penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _(penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     count = statistics.shape[0]
     parameters = 0 if by_name(penalty).parameter is None else count
     return statistics.new_empty(count, dtype=dtype), statistics.new_empty(parameters, dtype=dtype)

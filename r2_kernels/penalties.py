@@ -22,7 +22,7 @@ CHUNK_SIZE = 16384
 
 
 class Penalty(ABC):
-    """One penalty in closed form; all tensors float64, ``parameter`` a tensor of shape (N,), ignored where there is none."""
+    """One penalty in closed form. All tensors are float64; ``parameter``, (N,), is ignored where there is none."""
 
     name: str
     statistics: tuple[str, ...]

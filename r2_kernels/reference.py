@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def linf(weights: Sequence[Tensor]) -> Tensor:
 
 
 def margin(weights: Sequence[Tensor], margin: Tensor) -> Tensor:
-    """``|M| + sum(max(|w| - |M|, 0))`` of each weight, with M of shape (N,); returns shape (N,) as :func:`linf` does."""
+    """``|M| + sum(max(|w| - |M|, 0))`` of each weight, with M of shape (N,); returns shape (N,)."""
     check_weights(weights)
     check_parameter(margin, "margin", weights)
     return _each(weights, margin, lambda w, m: m.abs() + torch.relu(w.abs() - m.abs()).sum())
@@ -47,9 +49,7 @@ def _soft_range(weight: Tensor, temperature: Tensor) -> Tensor:
     return soft_maximum - soft_minimum + torch.exp(-temperature)
 
 
-def _each(
-    weights: Sequence[Tensor], parameter: Tensor | None, penalty: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def _each(weights: Sequence[Tensor], parameter: Tensor | None, penalty: Callable[[Tensor, Any], Tensor]) -> Tensor:
     dtype = value_dtype(weights)
     scalars = [None] * len(weights) if parameter is None else parameter.to(dtype).unbind()
     return torch.stack([penalty(w.to(dtype), scalar) for w, scalar in zip(weights, scalars, strict=True)])

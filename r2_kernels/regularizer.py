@@ -109,8 +109,8 @@ class RangeRegularizer(nn.Module):
         self.strength = strength
         starts = {"temperature": temperature, "margin": margin}
         if self._rule.parameter is not None:
-            start = _initial_parameter(self._rule.parameter, starts[self._rule.parameter], weights)
-            self.register_parameter(self._rule.parameter, nn.Parameter(start))
+            initial = _initial_parameter(self._rule.parameter, starts[self._rule.parameter], weights)
+            self.register_parameter(self._rule.parameter, nn.Parameter(initial))
 
     @property
     def names(self) -> list[str]:

@@ -33,9 +33,7 @@ def check_weights(weights: Sequence[Tensor], names: Sequence[str] | None = None)
             expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING_DTYPES)
             raise TypeError(f"{_called(index, names)}: expected dtype {expected}, got {weight.dtype}")
         if weight.numel() == 0:
-            raise ValueError(
-                f"{_called(index, names)}: expected at least one element, got shape {tuple(weight.shape)}"
-            )
+            raise ValueError(f"{_called(index, names)}: expected at least one element, got shape {tuple(weight.shape)}")
         if device is None:
             device = weight.device
         elif weight.device != device:

@@ -108,9 +108,9 @@ class Chunk {
     for (; i < size_; ++i) put(scalar_slope(static_cast<Scalar>(weight_[i])), i);
   }
 
-  // Both in one pass, for slopes that need no statistics. Gradients are touched only where the slope is nonzero, a block
-  // of entries later: where that is is noted without a branch, which would be mispredicted, and the memory is asked for
-  // in time.
+  // Both in one pass, for slopes that need no statistics. Gradients are touched only where the slope is nonzero, a
+  // block of entries later: where that is is noted without a branch, which would be mispredicted, and the memory is
+  // asked for in time.
   template <template <class> class Sums, template <class> class Slope>
   Sums<double> sum_and_apply(double parameter, double coefficient) const {
     const Slope<Vector> slope(parameter, coefficient);

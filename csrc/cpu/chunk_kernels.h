@@ -36,10 +36,8 @@ struct ForChunk {
 };
 
 #define R2_FOR_STORAGES(Penalty)                                                                                \
-  {                                                                                                             \
-    ForChunk<Penalty, float>::table(), ForChunk<Penalty, double>::table(), ForChunk<Penalty, BFloat16>::table(), \
-        ForChunk<Penalty, Half>::table()                                                                        \
-  }
+  {ForChunk<Penalty, float>::table(), ForChunk<Penalty, double>::table(), ForChunk<Penalty, BFloat16>::table(), \
+   ForChunk<Penalty, Half>::table()}
 
 }  // namespace R2_INSTRUCTION_SET
 

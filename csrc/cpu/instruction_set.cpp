@@ -22,8 +22,10 @@ const InstructionSet& choose() {
   if (has_avx2 && (name.empty() || name == "avx2")) return kAvx2;
 #endif
   if (name.empty() || name == "portable") return kPortable;
-  throw std::runtime_error("R2_KERNELS_INSTRUCTION_SET: expected 'avx512', 'avx2' or 'portable', one that this "
-                           "processor has, got '" + name + "'");
+  throw std::runtime_error(
+      "R2_KERNELS_INSTRUCTION_SET: expected 'avx512', 'avx2' or 'portable', one that this "
+      "processor has, got '" +
+      name + "'");
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The operators of r2_kernels/ops.py for the CPU dispatch key: what they check, and which pass they make over the chunks.
+// The operators of r2_kernels/ops.py for the CPU dispatch key: what they check, and which pass they make over the
+// chunks.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -45,8 +46,7 @@ std::vector<double> read_scalars(const Tensor& tensor, int64_t count, const char
   return scalars;
 }
 
-std::vector<double> read_parameter(const std::optional<Tensor>& parameter, const PenaltyEntry& penalty,
-                                   int64_t count) {
+std::vector<double> read_parameter(const std::optional<Tensor>& parameter, const PenaltyEntry& penalty, int64_t count) {
   STD_TORCH_CHECK(parameter.has_value() == penalty.has_parameter, "parameter: expected ",
                   penalty.has_parameter ? "a tensor" : "None", " for penalty '", penalty.name, "'");
   return parameter.has_value() ? read_scalars(*parameter, count, "parameter") : std::vector<double>(count);
@@ -76,8 +76,7 @@ Tensor new_tensor(std::vector<int64_t> shape, ScalarType dtype) {
 class ValueTensor {
  public:
   ValueTensor(int64_t count, ScalarType dtype) : tensor(new_tensor({count}, dtype)), dtype_(dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                    "dtype: expected float32 or float64");
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "dtype: expected float32 or float64");
     data_ = tensor.mutable_data_ptr();
   }
   void set(int64_t i, double value) {
@@ -304,9 +303,8 @@ void apply_(std::string name, std::vector<Tensor> weights, std::optional<Tensor>
   segments.finish_gradients();
 }
 
-std::tuple<Tensor, Tensor> reduce_apply_(std::string name, std::vector<Tensor> weights,
-                                         std::optional<Tensor> parameter, Tensor coefficients,
-                                         std::vector<Tensor> gradients) {
+std::tuple<Tensor, Tensor> reduce_apply_(std::string name, std::vector<Tensor> weights, std::optional<Tensor> parameter,
+                                         Tensor coefficients, std::vector<Tensor> gradients) {
   const PenaltyIndex index = penalty_index(name);
   const PenaltyEntry& penalty = kPenalties[index];
   Segments segments(weights);

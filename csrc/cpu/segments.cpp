@@ -99,8 +99,8 @@ Segments::Segments(const std::vector<Tensor>& weights) : weights_(weights), is_r
     const Storage storage = storage_of(weights_[i], "weights", i);
     if (!is_dense(weights_[i])) weights_[i] = torch::stable::contiguous(weights_[i]);
     has_float64_ |= storage == kFloat64;
-    segments_.push_back({static_cast<const char*>(weights_[i].const_data_ptr()), nullptr, weights_[i].numel(),
-                         chunk_count, storage});
+    segments_.push_back(
+        {static_cast<const char*>(weights_[i].const_data_ptr()), nullptr, weights_[i].numel(), chunk_count, storage});
     chunk_count += segments_.back().chunks();
   }
   chunks_.reserve(chunk_count);
@@ -117,10 +117,8 @@ void Segments::accumulate_into(const std::vector<Tensor>& gradients) {
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Storage storage = storage_of(gradients[i], "gradients", i);
     STD_TORCH_CHECK(storage == segments_[i].storage, "gradients[", i, "]: expected the dtype of its weight");
-    STD_TORCH_CHECK(have_same_shape(gradients[i], weights_[i]), "gradients[", i,
-                    "]: expected the shape of its weight");
-    STD_TORCH_CHECK(!overlaps_itself(gradients[i]), "gradients[", i,
-                    "]: expected one memory location per entry");
+    STD_TORCH_CHECK(have_same_shape(gradients[i], weights_[i]), "gradients[", i, "]: expected the shape of its weight");
+    STD_TORCH_CHECK(!overlaps_itself(gradients[i]), "gradients[", i, "]: expected one memory location per entry");
   }
   for (size_t i = 0; i < gradients.size(); ++i) {
     Tensor gradient = gradients[i];

@@ -119,8 +119,7 @@ R2_INLINE void store(BFloat16* to, FloatVector x) {
 }
 R2_INLINE void store(Half* to, FloatVector x) {
 #if R2_X86 && R2_VECTOR_BYTES == 64
-  const __m256i half =
-      _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __builtin_memcpy(to, &half, sizeof(half));
 #elif R2_X86 && R2_VECTOR_BYTES == 32
   const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -18,7 +18,6 @@ ENVIRONMENT_VARIABLE = "R2_KERNELS_BACKEND"
 BACKENDS = ("reference", "cpu", "triton")
 
 
-
 class _Requested(threading.local):
     """What this thread has asked for. (Not a ContextVar: torch.compile cannot trace one.)"""
 

@@ -17,9 +17,7 @@ def why_unavailable() -> str | None:
     return None
 
 
-def reduce(
-    penalty: str, weights: Sequence[Tensor], parameter: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reduce(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rule = by_name(penalty)
     scalars = _scalars(weights, parameter)
     flat = [weight.detach().reshape(-1).to(torch.float64) for weight in weights]
@@ -29,9 +27,7 @@ def reduce(
     return values.to(dtype), parameter_gradients.to(dtype), statistics, _chunk_maxima(rule, flat)
 
 
-def finalize(
-    penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def finalize(penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scalars = statistics.new_zeros(len(statistics)) if parameter is None else parameter.to(torch.float64)
     values, parameter_gradients = by_name(penalty).finalize(statistics, scalars)
     return values.to(dtype, copy=True), parameter_gradients.to(dtype)
