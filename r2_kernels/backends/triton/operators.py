@@ -29,6 +29,8 @@ EMPTY_ROWS = {
     "margin": (0.0, 0.0),
     "soft_min_max": (float("-inf"), float("inf"), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 }
+EXTREMES = {"linf": 1, "margin": 0, "soft_min_max": 2}
+REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 3}
 MERGE_LANES = 256
 APPLY_BLOCK = 1024
 APPLY_WARPS = 4
@@ -109,9 +111,11 @@ def launch(kernel: Any, programs: int, arguments: Sequence[Any], **constants: An
     kernel[(programs,)](*arguments, **constants)
 
 
-def reduce_options(is_float64: bool) -> dict[str, int]:
-    """Warps, and registers a thread, of ``reduce_chunks``: 32 entries a thread, which stay in its registers."""
-    return {"num_warps": 32} if is_float64 else {"num_warps": 16}
+def reduce_shape(dtype: torch.dtype) -> dict[str, int]:
+    """How ``reduce_chunks`` cuts a chunk: two loads of 16 bytes a thread at a time."""
+    vector = 16 // dtype.itemsize
+    warps = 8 if dtype.itemsize == 2 else 16
+    return {"BLOCK": 2 * vector * 32 * warps, "VECTOR": vector, "num_warps": warps}
 
 
 def _reduce(
@@ -138,11 +142,17 @@ def _reduce(
                     reduce_chunks,
                     len(group.chunks),
                     (group.chunks, *shared),
-                    add=functions.add,
+                    extremes=functions.extremes,
+                    lowest=functions.lowest,
+                    anchor=functions.anchor,
+                    regime=functions.regime,
+                    terms=functions.terms,
+                    EXTREMES=EXTREMES[penalty],
+                    REGIMES=REGIMES[penalty],
                     DTYPE=LANGUAGE_DTYPES[group.dtype],
                     ACCUMULATOR=accumulator,
                     CHUNK=CHUNK_SIZE,
-                    **reduce_options(is_float64),
+                    **reduce_shape(group.dtype),
                 )
             launch(
                 merge_chunks,

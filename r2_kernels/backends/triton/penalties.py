@@ -3,9 +3,12 @@
 Each penalty is a set of functions that the kernels take as compile-time arguments; a penalty knows nothing of chunks,
 tables or addresses, and the kernels nothing of a penalty:
 
-    add          the sums of a chunk, a tuple of scalars, from its entries ``w``, in w's precision; ``mask`` says which
-                 entries count, None that all do
-    convert      a chunk's sums to its statistics, float64, in the order of ``r2_kernels.penalties``
+    extremes     what to take the maximum of over a chunk, a tuple, from its entries ``w``, in w's precision
+    lowest       what those maxima start from
+    anchor       from these maxima: first what to store of them, then what ``terms`` need, all scalars
+    regime       which of the ways to compute ``terms`` suits an anchor: 0, 1 or 2
+    terms        what to add up over a chunk, a tuple, from its entries and its anchor, in a given regime
+    convert      a chunk's stored maxima and sums to its statistics, float64, in the order of ``r2_kernels.penalties``
     merge        the statistics of two halves to the whole's, lane by lane
     across       those of all lanes to one row
     finalize     value and gradient with respect to the parameter, from the statistics
@@ -37,7 +40,11 @@ STEEPEST = tl.constexpr(2.0**100)
 class Functions(NamedTuple):
     """One penalty's functions, by what they do."""
 
-    add: triton.JITFunction
+    extremes: triton.JITFunction
+    lowest: triton.JITFunction
+    anchor: triton.JITFunction
+    regime: triton.JITFunction
+    terms: triton.JITFunction
     convert: triton.JITFunction
     merge: triton.JITFunction
     across: triton.JITFunction
@@ -47,34 +54,43 @@ class Functions(NamedTuple):
 
 
 @triton.jit
-def _where_valid(mask, values, otherwise):
-    if mask is None:
-        return values
-    else:
-        return tl.where(mask, values, otherwise)
-
-
-@triton.jit
 def _with_sign_of(w, magnitude):
     return tl.where(w < 0, -magnitude, magnitude)
 
 
 @triton.jit
-def _largest(magnitude):
-    """The maximum of a block of numbers >= 0, NaN where one is: their bits are in the order of the numbers, NaN last."""
+def _bits(magnitude):
+    """Numbers >= 0 as integers in the same order, NaN above all."""
     bits: tl.constexpr = tl.int64 if magnitude.dtype == tl.float64 else tl.int32
-    return tl.max(magnitude.to(bits, bitcast=True), axis=0).to(magnitude.dtype, bitcast=True)
+    return magnitude.to(bits, bitcast=True)
+
+
+@triton.jit
+def only_regime(anchor):
+    return 0
 
 
 # L∞: max|w|
 
 
 @triton.jit
-def linf_add(w, mask, parameter):
-    magnitude = tl.abs(w)
-    maximum = _largest(_where_valid(mask, magnitude, 0.0))
-    reaches = _where_valid(mask, magnitude == maximum, False)
-    return maximum, tl.sum(reaches.to(tl.int32), axis=0)
+def linf_extremes(w):
+    return (_bits(tl.abs(w)),)
+
+
+@triton.jit
+def linf_lowest(lanes: tl.constexpr, dtype: tl.constexpr):
+    return (_bits(tl.zeros((lanes,), dtype)),)
+
+
+@triton.jit
+def linf_anchor(extremes, parameter, dtype: tl.constexpr):
+    return (extremes[0].to(dtype, bitcast=True),)
+
+
+@triton.jit
+def linf_terms(w, anchor, REGIME: tl.constexpr):
+    return (tl.where(tl.abs(w) == anchor[0], 1.0, 0.0).to(w.dtype),)
 
 
 @triton.jit
@@ -91,7 +107,7 @@ def linf_merge(row, other, parameter):
 
 @triton.jit
 def linf_across(row, parameter):
-    maximum = _largest(row[0])
+    maximum = tl.max(_bits(row[0]), axis=0).to(tl.float64, bitcast=True)
     return maximum, tl.sum(tl.where(row[0] == maximum, row[1], 0.0), axis=0)
 
 
@@ -127,11 +143,25 @@ def _margin_below(parameter, dtype: tl.constexpr):
 
 
 @triton.jit
-def margin_add(w, mask, parameter):
-    distance = tl.abs(w) - _margin_below(parameter, w.dtype)
+def margin_extremes(w):
+    return ()
+
+
+@triton.jit
+def margin_lowest(lanes: tl.constexpr, dtype: tl.constexpr):
+    return ()
+
+
+@triton.jit
+def margin_anchor(extremes, parameter, dtype: tl.constexpr):
+    return (_margin_below(parameter, dtype),)
+
+
+@triton.jit
+def margin_terms(w, anchor, REGIME: tl.constexpr):
+    distance = tl.abs(w) - anchor[0]
     excess = tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    exceeds = _where_valid(mask, distance > 0, False)
-    return tl.sum(_where_valid(mask, excess, 0.0), axis=0), tl.sum(exceeds.to(tl.int32), axis=0)
+    return excess, tl.where(distance > 0, 1.0, 0.0).to(w.dtype)
 
 
 @triton.jit
@@ -204,19 +234,17 @@ def _steepness(temperature, inverse_unit):
 
 
 @triton.jit
-def _power_sums(x):
-    """The sums of x^k for k from 1 on: 8 of them in float32, 14 in float64."""
+def _powers(x):
+    """x^k for k from 1 on: 8 of them in float32, 14 in float64."""
     x2 = x * x
     x3 = x2 * x
     x4 = x2 * x2
-    sums = (tl.sum(x, axis=0), tl.sum(x2, axis=0), tl.sum(x3, axis=0), tl.sum(x4, axis=0))
-    sums = sums + (tl.sum(x4 * x, axis=0), tl.sum(x4 * x2, axis=0), tl.sum(x4 * x3, axis=0), tl.sum(x4 * x4, axis=0))
+    powers = (x, x2, x3, x4, x4 * x, x4 * x2, x4 * x3, x4 * x4)
     if x.dtype == tl.float64:
         x8 = x4 * x4
-        sums = sums + (tl.sum(x8 * x, axis=0), tl.sum(x8 * x2, axis=0), tl.sum(x8 * x3, axis=0))
         x12 = x8 * x4
-        sums = sums + (tl.sum(x12, axis=0), tl.sum(x12 * x, axis=0), tl.sum(x12 * x2, axis=0))
-    return sums
+        powers = powers + (x8 * x, x8 * x2, x8 * x3, x12, x12 * x, x12 * x2)
+    return powers
 
 
 @triton.jit
@@ -226,35 +254,50 @@ def _in_units(w, unit, origin):
 
 
 @triton.jit
-def _moments(mask, u, exponent):
-    """Sums of e, u·e and u²·e with e = exp2(exponent)."""
-    e = _where_valid(mask, tl.exp2(exponent), 0.0)
+def _moments(u, exponent):
+    """e, u·e and u²·e with e = exp2(exponent)."""
+    e = tl.exp2(exponent)
     first = u * e
-    return tl.sum(e, axis=0), tl.sum(first, axis=0), tl.sum(u * first, axis=0)
+    return e, first, u * first
 
 
 @triton.jit
-def soft_min_max_add(w, mask, parameter):
-    maximum = tl.max(_where_valid(mask, w, -INFINITY), axis=0)
-    minimum = tl.min(_where_valid(mask, w, INFINITY), axis=0)
-    temperature = tl.abs(parameter).to(w.dtype)
+def soft_min_max_extremes(w):
+    return w, -w
+
+
+@triton.jit
+def soft_min_max_lowest(lanes: tl.constexpr, dtype: tl.constexpr):
+    return tl.full((lanes,), -INFINITY, dtype), tl.full((lanes,), -INFINITY, dtype)
+
+
+@triton.jit
+def soft_min_max_anchor(extremes, parameter, dtype: tl.constexpr):
+    maximum, minimum = extremes[0], -extremes[1]
+    temperature = tl.abs(parameter).to(dtype)
     center, unit, inverse, half = _frame(maximum, minimum, temperature)
-    if half <= SMALL:
-        sums = _power_sums(_where_valid(mask, _in_units(w, unit, center), 0.0))
+    return maximum, minimum, center, unit, _steepness(temperature, inverse), half
+
+
+@triton.jit
+def soft_min_max_regime(anchor):
+    half = anchor[5]
+    return tl.where(half <= SMALL, 0, tl.where(half <= MIDDLE, 1, 2))
+
+
+@triton.jit
+def soft_min_max_terms(w, anchor, REGIME: tl.constexpr):
+    maximum, minimum, center, unit, steepness, _ = anchor
+    if REGIME == 0:
+        terms = _powers(_in_units(w, unit, center))
+    elif REGIME == 1:
+        x = _in_units(w, unit, center)
+        exponent = x * steepness
+        terms = _moments(x, exponent) + _moments(x, -exponent)
     else:
-        steepness = _steepness(temperature, inverse)
-        if half <= MIDDLE:
-            x = _in_units(w, unit, center)
-            exponent = x * steepness
-            moments = _moments(mask, x, exponent) + _moments(mask, x, -exponent)
-        else:
-            upper, lower = _in_units(w, unit, maximum), _in_units(w, unit, minimum)
-            moments = _moments(mask, upper, upper * steepness) + _moments(mask, lower, -(lower * steepness))
-        unused = maximum * 0
-        sums = moments + (unused, unused)
-        if w.dtype == tl.float64:
-            sums = sums + (unused, unused, unused, unused, unused, unused)
-    return (maximum, minimum) + sums
+        upper, lower = _in_units(w, unit, maximum), _in_units(w, unit, minimum)
+        terms = _moments(upper, upper * steepness) + _moments(lower, -(lower * steepness))
+    return terms
 
 
 @triton.jit
@@ -426,12 +469,16 @@ def soft_min_max_gradient(w, constants):
 
 
 FUNCTIONS = {
-    "linf": Functions(linf_add, linf_convert, linf_merge, linf_across, linf_finalize, linf_prepare, linf_gradient),
+    "linf": Functions(linf_extremes, linf_lowest, linf_anchor, only_regime, linf_terms, linf_convert, linf_merge, linf_across, linf_finalize, linf_prepare, linf_gradient),
     "margin": Functions(
-        margin_add, margin_convert, margin_merge, margin_across, margin_finalize, margin_prepare, margin_gradient
+        margin_extremes, margin_lowest, margin_anchor, only_regime, margin_terms, margin_convert, margin_merge, margin_across, margin_finalize, margin_prepare, margin_gradient
     ),
     "soft_min_max": Functions(
-        soft_min_max_add,
+        soft_min_max_extremes,
+        soft_min_max_lowest,
+        soft_min_max_anchor,
+        soft_min_max_regime,
+        soft_min_max_terms,
         soft_min_max_convert,
         soft_min_max_merge,
         soft_min_max_across,
@@ -443,5 +490,5 @@ FUNCTIONS = {
 
 
 def sums_per_chunk(penalty: str, is_float64: bool) -> int:
-    """How many numbers ``add`` returns."""
+    """How many numbers of a chunk are stored: the maxima and the sums."""
     return {"linf": 2, "margin": 2, "soft_min_max": 16 if is_float64 else 10}[penalty]

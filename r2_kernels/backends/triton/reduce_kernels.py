@@ -15,7 +15,9 @@ from r2_kernels.backends.triton.storage import widened
 # chunks        int32 (chunks of this dtype, 2): the row of the segment in ``segments``, the chunk's number in it
 # segments      int64 (N, 3): address of the first entry, entries, number of the segment's first chunk in ``sums``
 # parameters    float32 or float64, stride ``parameter_stride``, (N,), or None: M or the temperature
-# sums          float32 or float64 (sums per chunk, all_chunks): what ``add`` returns, written here
+# sums          float32 or float64 (SUMS, all_chunks): the chunks' maxima and sums, written here
+#
+# A chunk is read twice, for its maxima and for its sums: the second time from the processor's L1 or L2 cache.
 @triton.jit
 def reduce_chunks(
     chunks,
@@ -24,10 +26,18 @@ def reduce_chunks(
     parameter_stride,
     sums,
     all_chunks,
-    add: tl.constexpr,
+    extremes: tl.constexpr,
+    lowest: tl.constexpr,
+    anchor: tl.constexpr,
+    regime: tl.constexpr,
+    terms: tl.constexpr,
+    EXTREMES: tl.constexpr,
+    REGIMES: tl.constexpr,
     DTYPE: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     segment = tl.load(chunks + 2 * pid).to(tl.int64)
@@ -38,14 +48,100 @@ def reduce_chunks(
     parameter = load_scalar(parameters, segment, parameter_stride)
     length = tl.minimum(numel - number * CHUNK, CHUNK).to(tl.int32)
     weights = address.to(tl.pointer_type(DTYPE)) + number * CHUNK
-    lanes = tl.arange(0, CHUNK)
-    if (length == CHUNK) & (address % 16 == 0):
-        w = widened(tl.load(tl.multiple_of(weights, 16) + lanes), ACCUMULATOR)
-        _store_fields(sums, all_chunks, add(w, None, parameter))
+    if EXTREMES > 0:
+        if (length == CHUNK) & (address % 16 == 0):
+            aligned = tl.multiple_of(weights, 16)
+            largest = _maxima(aligned, CHUNK, True, extremes, lowest, ACCUMULATOR, BLOCK, VECTOR)
+        else:
+            largest = _maxima(weights, length, False, extremes, lowest, ACCUMULATOR, BLOCK, VECTOR)
     else:
-        mask = lanes < length
-        w = widened(tl.load(weights + lanes, mask=mask, other=0.0), ACCUMULATOR)
-        _store_fields(sums, all_chunks, add(w, mask, parameter))
+        largest = ()
+    anchors = anchor(largest, parameter, ACCUMULATOR)
+    for field in tl.static_range(EXTREMES):
+        tl.store(sums + field * all_chunks, anchors[field])
+    sums += EXTREMES * all_chunks
+    chosen = regime(anchors)
+    for REGIME in tl.static_range(REGIMES):
+        if chosen == REGIME:
+            if (length == CHUNK) & (address % 16 == 0):
+                aligned = tl.multiple_of(weights, 16)
+                totals = _totals(aligned, CHUNK, True, terms, REGIME, anchors, ACCUMULATOR, BLOCK, VECTOR)
+            else:
+                totals = _totals(weights, length, False, terms, REGIME, anchors, ACCUMULATOR, BLOCK, VECTOR)
+            for field in tl.static_range(len(totals)):
+                tl.store(sums + field * all_chunks, totals[field])
+
+
+@triton.jit
+def _maxima(
+    weights,
+    length,
+    IS_FULL: tl.constexpr,
+    extremes: tl.constexpr,
+    lowest: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The maximum of each of the penalty's ``extremes`` over a chunk."""
+    largest = lowest(BLOCK // VECTOR, ACCUMULATOR)
+    neutral = lowest(BLOCK, ACCUMULATOR)
+    for start in range(0, length, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        if IS_FULL:
+            values = extremes(widened(tl.load(weights + offsets), ACCUMULATOR))
+        else:
+            mask = offsets < length
+            values = extremes(widened(tl.load(weights + offsets, mask=mask, other=0.0), ACCUMULATOR))
+        joined = ()
+        for field in tl.static_range(len(values)):
+            value = values[field]
+            if not IS_FULL:
+                value = tl.where(mask, value, neutral[field])
+            within = tl.max(tl.reshape(value, (BLOCK // VECTOR, VECTOR)), axis=1)
+            joined = joined + (tl.maximum(largest[field], within),)
+        largest = joined
+    result = ()
+    for field in tl.static_range(len(largest)):
+        result = result + (tl.max(largest[field], axis=0),)
+    return result
+
+
+@triton.jit
+def _totals(
+    weights,
+    length,
+    IS_FULL: tl.constexpr,
+    terms: tl.constexpr,
+    REGIME: tl.constexpr,
+    anchors,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The sums of each of the penalty's ``terms`` over a chunk."""
+    totals = ()
+    for _ in tl.static_range(len(terms(tl.zeros((BLOCK,), ACCUMULATOR), anchors, REGIME))):
+        totals = totals + (tl.zeros((BLOCK // VECTOR,), ACCUMULATOR),)
+    for start in range(0, length, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        if IS_FULL:
+            values = terms(widened(tl.load(weights + offsets), ACCUMULATOR), anchors, REGIME)
+        else:
+            mask = offsets < length
+            values = terms(widened(tl.load(weights + offsets, mask=mask, other=0.0), ACCUMULATOR), anchors, REGIME)
+        added = ()
+        for field in tl.static_range(len(totals)):
+            value = values[field]
+            if not IS_FULL:
+                value = tl.where(mask, value, 0.0)
+            within = tl.sum(tl.reshape(value, (BLOCK // VECTOR, VECTOR)), axis=1)
+            added = added + (totals[field] + within,)
+        totals = added
+    result = ()
+    for field in tl.static_range(len(totals)):
+        result = result + (tl.sum(totals[field], axis=0),)
+    return result
 
 
 # rows          int32 (segments of this dtype,): their rows in ``segments``
@@ -146,9 +242,3 @@ def load_scalar(scalars, index, stride):
     else:
         value = tl.load(scalars + index * stride).to(tl.float64)
     return value
-
-
-@triton.jit
-def _store_fields(pointer, stride, fields):
-    for field in tl.static_range(len(fields)):
-        tl.store(pointer + field * stride, fields[field])
