@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ EMPTY_ROWS = {
 EXTREMES = {"linf": 1, "margin": 0, "soft_min_max": 2}
 REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 3}
 MERGE_LANES = 256
+FINALIZE_LANES = 128
 APPLY_BLOCK = 1024
 APPLY_WARPS = 4
 
@@ -50,19 +52,10 @@ def finalize(penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: 
     statistics = statistics.contiguous()
     values = statistics.new_empty(count, dtype=dtype)
     slopes = statistics.new_empty(0 if rule.parameter is None else count, dtype=dtype)
-    lanes = 128
+    stride = 0 if parameter is None else parameter.stride(0)
+    arguments = (statistics, parameter, stride, values, slopes if len(slopes) else None, count)
     with _on(statistics.device):
-        launch(
-            finalize_rows,
-            triton.cdiv(count, lanes),
-            (statistics, parameter, 0 if parameter is None else parameter.stride(0), values),
-            slopes=None if rule.parameter is None else slopes,
-            count=count,
-            finalize=FUNCTIONS[penalty].finalize,
-            STATISTICS=len(rule.statistics),
-            LANES=lanes,
-            num_warps=4,
-        )
+        launch(finalize_rows, triton.cdiv(count, FINALIZE_LANES), arguments, finalize_constants(penalty))
     return values, slopes
 
 
@@ -106,16 +99,86 @@ def reduce_apply_(
     return values, slopes
 
 
-def launch(kernel: Any, programs: int, arguments: Sequence[Any], **constants: Any) -> None:
+def launch(kernel: Any, programs: int, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
     """The one place where this backend launches a kernel."""
     kernel[(programs,)](*arguments, **constants)
 
 
-def reduce_shape(dtype: torch.dtype) -> dict[str, int]:
-    """How ``reduce_chunks`` cuts a chunk: two loads of 16 bytes a thread at a time."""
+@cache
+def reduce_constants(penalty: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of ``reduce_chunks``: a load of 16 bytes a thread at a time."""
+    functions = FUNCTIONS[penalty]
     vector = 16 // dtype.itemsize
     warps = 8 if dtype.itemsize == 2 else 16
-    return {"BLOCK": 2 * vector * 32 * warps, "VECTOR": vector, "num_warps": warps}
+    constants = {
+        "extremes": functions.extremes,
+        "lowest": functions.lowest,
+        "anchor": functions.anchor,
+        "regime": functions.regime,
+        "terms": functions.terms,
+        "EXTREMES": EXTREMES[penalty],
+        "REGIMES": REGIMES[penalty],
+        "DTYPE": LANGUAGE_DTYPES[dtype],
+        "ACCUMULATOR": accumulator(dtype),
+        "CHUNK": CHUNK_SIZE,
+        "BLOCK": vector * 32 * warps,
+        "VECTOR": vector,
+        "num_warps": warps,
+    }
+    if dtype is torch.float64 and torch.version.hip is None:
+        constants["maxnreg"] = 64  # Two programs on a processor, half of its threads.
+    return constants
+
+
+@cache
+def merge_constants(penalty: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of ``merge_chunks``."""
+    functions = FUNCTIONS[penalty]
+    return {
+        "convert": functions.convert,
+        "merge": functions.merge,
+        "across": functions.across,
+        "finalize": functions.finalize,
+        "EMPTY": EMPTY_ROWS[penalty],
+        "SUMS": sums_per_chunk(penalty, dtype is torch.float64),
+        "ACCUMULATOR": accumulator(dtype),
+        "CHUNK": CHUNK_SIZE,
+        "LANES": MERGE_LANES,
+        "num_warps": MERGE_LANES // 32,
+    }
+
+
+@cache
+def apply_constants(penalty: str, dtype: torch.dtype, add: bool) -> dict[str, Any]:
+    """The compile-time arguments of ``apply_chunks``."""
+    functions = FUNCTIONS[penalty]
+    return {
+        "prepare": functions.prepare,
+        "gradient": functions.gradient,
+        "STATISTICS": len(EMPTY_ROWS[penalty]),
+        "DTYPE": LANGUAGE_DTYPES[dtype],
+        "ACCUMULATOR": accumulator(dtype),
+        "CHUNK": CHUNK_SIZE,
+        "BLOCK": APPLY_BLOCK,
+        "ADD": add,
+        "num_warps": APPLY_WARPS,
+    }
+
+
+@cache
+def finalize_constants(penalty: str) -> dict[str, Any]:
+    """The compile-time arguments of ``finalize_rows``."""
+    return {
+        "finalize": FUNCTIONS[penalty].finalize,
+        "STATISTICS": len(EMPTY_ROWS[penalty]),
+        "LANES": FINALIZE_LANES,
+        "num_warps": FINALIZE_LANES // 32,
+    }
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """What entries of a dtype are computed in."""
+    return tl.float64 if dtype is torch.float64 else tl.float32
 
 
 def _reduce(
@@ -131,44 +194,15 @@ def _reduce(
     statistics = new_empty((count, len(rule.statistics)), dtype=torch.float64)
     partials = new_empty(table.chunks if rule.is_sparse else 0, dtype=torch.float64)
     sums = new_empty((sums_per_chunk(penalty, table.is_float64), table.chunks), dtype=dtype)
-    functions = FUNCTIONS[penalty]
+    shared = (table.segments, parameter, 0 if parameter is None else parameter.stride(0), sums, table.chunks)
+    outputs = (statistics, values, slopes if len(slopes) else None, partials if rule.is_sparse else None)
     with _on(like.device):
         for group in table.groups:
-            is_float64 = group.dtype is torch.float64
-            accumulator = tl.float64 if is_float64 else tl.float32
-            shared = (table.segments, parameter, 0 if parameter is None else parameter.stride(0), sums, table.chunks)
             if len(group.chunks):
-                launch(
-                    reduce_chunks,
-                    len(group.chunks),
-                    (group.chunks, *shared),
-                    extremes=functions.extremes,
-                    lowest=functions.lowest,
-                    anchor=functions.anchor,
-                    regime=functions.regime,
-                    terms=functions.terms,
-                    EXTREMES=EXTREMES[penalty],
-                    REGIMES=REGIMES[penalty],
-                    DTYPE=LANGUAGE_DTYPES[group.dtype],
-                    ACCUMULATOR=accumulator,
-                    CHUNK=CHUNK_SIZE,
-                    **reduce_shape(group.dtype),
-                )
-            launch(
-                merge_chunks,
-                len(group.rows),
-                (group.rows, *shared, statistics, values, *_present(slopes, partials)),
-                convert=functions.convert,
-                merge=functions.merge,
-                across=functions.across,
-                finalize=functions.finalize,
-                EMPTY=EMPTY_ROWS[penalty],
-                SUMS=sums_per_chunk(penalty, is_float64),
-                ACCUMULATOR=accumulator,
-                CHUNK=CHUNK_SIZE,
-                LANES=MERGE_LANES,
-                num_warps=MERGE_LANES // 32,
-            )
+                constants = reduce_constants(penalty, group.dtype)
+                launch(reduce_chunks, len(group.chunks), (group.chunks, *shared), constants)
+            constants = merge_constants(penalty, group.dtype)
+            launch(merge_chunks, len(group.rows), (group.rows, *shared, *outputs), constants)
     return values, slopes, statistics, partials
 
 
@@ -185,35 +219,21 @@ def _apply(
 ) -> None:
     rule = by_name(penalty)
     destinations, in_place, copied = _destination_table(table, weights, gradients)
-    functions = FUNCTIONS[penalty]
+    arguments = (
+        table.segments,
+        destinations.addresses,
+        parameter,
+        0 if parameter is None else parameter.stride(0),
+        coefficients,
+        coefficients.stride(0),
+        statistics.contiguous(),
+        partials.contiguous() if rule.is_sparse else None,
+    )
     with _on(weights[0].device):
         for group in table.groups:
-            if not len(group.chunks):
-                continue
-            launch(
-                apply_chunks,
-                len(group.chunks),
-                (
-                    group.chunks,
-                    table.segments,
-                    destinations.addresses,
-                    parameter,
-                    0 if parameter is None else parameter.stride(0),
-                    coefficients,
-                    coefficients.stride(0),
-                    statistics.contiguous(),
-                    partials.contiguous() if rule.is_sparse else None,
-                ),
-                prepare=functions.prepare,
-                gradient=functions.gradient,
-                STATISTICS=len(rule.statistics),
-                DTYPE=LANGUAGE_DTYPES[group.dtype],
-                ACCUMULATOR=tl.float64 if group.dtype is torch.float64 else tl.float32,
-                CHUNK=CHUNK_SIZE,
-                BLOCK=APPLY_BLOCK,
-                ADD=add,
-                num_warps=APPLY_WARPS,
-            )
+            if len(group.chunks):
+                constants = apply_constants(penalty, group.dtype, add)
+                launch(apply_chunks, len(group.chunks), (group.chunks, *arguments), constants)
     for index in copied:
         gradients[index].copy_(in_place[index])
 
@@ -241,11 +261,6 @@ def _destination_table(
         in_place[index] = torch.empty_like(weights[index]).copy_(gradients[index])
     again, _, _ = _destination_table(table, weights, in_place)
     return again, in_place, destinations.copied
-
-
-def _present(*outputs: Tensor) -> list[Tensor | None]:
-    """None for outputs that the penalty does not have."""
-    return [output if output.numel() else None for output in outputs]
 
 
 def _on(device: torch.device) -> Any:

@@ -1,0 +1,316 @@
+"""The Triton kernels compiled ahead of time, and what their machine code says: no GPU is needed.
+
+``compile_kernel`` builds exactly what the backend launches, for any architecture; ``read`` disassembles an NVIDIA binary
+with the tools that come with Triton, and follows its control flow along the path that loads 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from r2_kernels.backends.triton import operators
+from r2_kernels.backends.triton.apply_kernel import apply_chunks
+from r2_kernels.backends.triton.reduce_kernels import finalize_rows, merge_chunks, reduce_chunks
+from r2_kernels.penalties import CHUNK_SIZE, PENALTIES
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNELS = ("reduce", "merge", "finalize", "apply", "apply_")
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Source(NamedTuple):
+    """A kernel with the types of its arguments and its compile-time arguments."""
+
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def source(kernel: str, penalty: str, dtype: torch.dtype) -> Source:
+    """What the backend launches for float32 parameters and coefficients: ``apply`` writes gradients, ``apply_`` adds."""
+    sums = "*fp64" if dtype is torch.float64 else "*fp32"
+    has_parameter = PENALTIES[penalty].parameter is not None
+    parameters = {"parameters": "*fp32" if has_parameter else None, "parameter_stride": 1}
+    maxima = "*fp64" if PENALTIES[penalty].is_sparse else None
+    slopes = "*fp32" if has_parameter else None
+    arguments: dict[str, Any]
+    if kernel == "reduce":
+        function, constants = reduce_chunks, operators.reduce_constants(penalty, dtype)
+        arguments = {"chunks": "*i32", "segments": "*i64", **parameters, "sums": sums, "all_chunks": "i64"}
+    elif kernel == "merge":
+        function, constants = merge_chunks, operators.merge_constants(penalty, dtype)
+        arguments = {"rows": "*i32", "segments": "*i64", **parameters, "sums": sums, "all_chunks": "i64"}
+        arguments |= {"statistics": "*fp64", "values": "*fp32", "slopes": slopes, "maxima": maxima}
+    elif kernel == "finalize":
+        function, constants = finalize_rows, operators.finalize_constants(penalty)
+        arguments = {"statistics": "*fp64", **parameters, "values": "*fp32", "slopes": slopes, "count": "i32"}
+    else:
+        function, constants = apply_chunks, operators.apply_constants(penalty, dtype, kernel == "apply_")
+        arguments = {"chunks": "*i32", "segments": "*i64", "destinations": "*i64", **parameters}
+        arguments |= {"coefficients": "*fp32", "coefficient_stride": 1, "statistics": "*fp64", "maxima": maxima}
+    options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
+    fixed = {name: value for name, value in constants.items() if name not in options}
+    fixed |= {name: value for name, value in arguments.items() if not isinstance(value, str)}
+    signature = {name: value for name, value in arguments.items() if isinstance(value, str)}
+    ordered = {name: signature.get(name, "constexpr") for name in function.arg_names}
+    return Source(function, ordered, fixed, options)
+
+
+def compile_kernel(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> Any:
+    """The compiled kernel; its ``asm`` holds every stage, ``metadata`` what was chosen. Triton caches it on disk."""
+    function, signature, constants, options = source(kernel, penalty, dtype)
+    if target.startswith("gfx"):
+        options = {name: value for name, value in options.items() if name != "maxnreg"}
+    return triton.compile(ASTSource(function, signature, constants), target=TARGETS[target], options=options)
+
+
+@dataclass(frozen=True)
+class Path16:
+    """What one thread executes for a full, aligned chunk."""
+
+    instructions: int
+    exponentials: int  # MUFU operations
+    shuffles: int
+    elements: int
+
+    @property
+    def per_element(self) -> float:
+        return self.instructions / self.elements
+
+    @property
+    def exponentials_per_element(self) -> float:
+        return self.exponentials / self.elements
+
+    @property
+    def shuffles_per_element(self) -> float:
+        return self.shuffles / self.elements
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What an NVIDIA binary needs and does."""
+
+    registers: int
+    stack: int
+    local: int
+    spills: int  # instructions that load from or store to local memory
+    threads: int
+    vector_loads: int
+    vector_stores: int
+    paths: tuple[Path16, ...]  # the costliest for each number of MUFU operations, fewest first
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a processor's 2048 threads that its 65536 registers allow."""
+        per_thread = (self.registers + 7) // 8 * 8
+        return min(65536 // (per_thread * self.threads) * self.threads, 2048) / 2048
+
+
+def read(compiled: Any, dtype: torch.dtype, passes: int) -> MachineCode:
+    """The machine code of a kernel that loads each chunk ``passes`` times, 16 bytes at a time where it can.
+
+    ``passes`` counts the loads of one entry: twice where a reduction looks twice, and the gradient where it is added to.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources = _run("cuobjdump", "--dump-resource-usage", file.name)
+        text = _run("nvdisasm", "-c", file.name)
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources)
+    assert usage is not None, resources
+    threads = 32 * compiled.metadata.num_warps
+    elements = CHUNK_SIZE // threads
+    loads = elements // (16 // dtype.itemsize)
+    blocks = _basic_blocks(text)
+    opcodes = [opcode for block in blocks for opcode in block.opcodes]
+    return MachineCode(
+        registers=int(usage[1]),
+        stack=int(usage[2]),
+        local=int(usage[3]),
+        spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
+        threads=threads,
+        vector_loads=sum(_is_vector_load(opcode) for opcode in opcodes),
+        vector_stores=sum(opcode.startswith("STG.E.128") for opcode in opcodes),
+        paths=tuple(_paths(blocks, loads, passes, elements)),
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _is_vector_load(opcode: str) -> bool:
+    return opcode.startswith("LDG.E") and ".128" in opcode
+
+
+@dataclass
+class _Block:
+    opcodes: list[str]
+    successors: list[int]
+
+
+def _basic_blocks(text: str) -> list[_Block]:
+    """The basic blocks of the kernel in ``nvdisasm``'s text, in order; the first is the entry."""
+    blocks: list[_Block] = [_Block([], [])]
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
+
+    def start_block(falls_through: bool) -> None:
+        if blocks[-1].opcodes or not falls_through:
+            blocks.append(_Block([], []))
+            if falls_through:
+                blocks[-2].successors.append(len(blocks) - 1)
+
+    ended = False
+    for line in text.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+|\$[\w$]+):", line)
+        if label:
+            start_block(not ended)
+            ended = False
+            labels[label[1]] = len(blocks) - 1
+            continue
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", line)
+        if not instruction:
+            continue
+        if ended:
+            start_block(False)
+            ended = False
+        predicate, opcode, operands = instruction.groups()
+        blocks[-1].opcodes.append(opcode)
+        if opcode.startswith("BRA"):
+            is_conditional = predicate is not None or re.match(r"\s*!?U?P\d", operands) is not None
+            target = re.search(r"\((\.L_x_\d+)\)", operands)
+            assert target is not None, line
+            jumps.append((len(blocks) - 1, target[1]))
+            if is_conditional:
+                start_block(True)
+            else:
+                ended = True
+        elif opcode.startswith(("EXIT", "RET")):
+            if predicate is None:
+                ended = True
+            else:
+                start_block(True)
+    for origin, name in jumps:
+        blocks[origin].successors.append(labels[name])
+    return blocks
+
+
+class _Cost(NamedTuple):
+    loads: int
+    exponentials: int
+    instructions: int
+    shuffles: int
+
+    def __add__(self, other: _Cost) -> _Cost:  # type: ignore[override]
+        return _Cost(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, count: int) -> _Cost:
+        return _Cost(*(count * value for value in self))
+
+
+def _cost(block: _Block) -> _Cost:
+    opcodes = block.opcodes
+    return _Cost(
+        sum(map(_is_vector_load, opcodes)),
+        sum(opcode.startswith("MUFU") for opcode in opcodes),
+        sum(opcode != "NOP" for opcode in opcodes),
+        sum(opcode.startswith("SHFL") for opcode in opcodes),
+    )
+
+
+def _paths(blocks: list[_Block], loads: int, passes: int, elements: int) -> Iterator[Path16]:
+    """The costliest way from entry to exit for each number of exponentials, of those that load every entry by vectors.
+
+    A loop that loads k vectors an iteration, ``streams`` of them of each entry, runs until its pass over the chunk is
+    complete; others, which belong to chunks that are not aligned or not full, count once and do not qualify.
+    """
+    loop_of = _innermost_loops(blocks)
+    best: dict[int, dict[tuple[int, int], _Cost]] = {}
+    order = _topological(blocks)
+    totals: dict[tuple[int, int], _Cost] = {}
+    for index in order:
+        arriving = best.setdefault(index, {})
+        if index == order[0]:
+            arriving[(0, 0)] = _Cost(0, 0, 0, 0)
+        body = loop_of.get(index)
+        cost = _cost(blocks[index]) if body is None else _loop_cost(blocks, body, index, loads, passes)
+        leaving: dict[tuple[int, int], _Cost] = {}
+        for before in arriving.values():
+            _keep_costliest(leaving, before + cost)
+        exits = [s for s in blocks[index].successors] if body is None else _loop_exits(blocks, body)
+        for successor in exits:
+            for after in leaving.values():
+                _keep_costliest(best.setdefault(successor, {}), after)
+        if not exits:
+            for after in leaving.values():
+                _keep_costliest(totals, after)
+    for (path_loads, exponentials), cost in sorted(totals.items(), key=lambda item: item[0][1]):
+        if path_loads == loads * passes:
+            yield Path16(cost.instructions, exponentials, cost.shuffles, elements)
+
+
+def _keep_costliest(costs: dict[tuple[int, int], _Cost], cost: _Cost) -> None:
+    key = (cost.loads, cost.exponentials)
+    if key not in costs or costs[key].instructions < cost.instructions:
+        costs[key] = cost
+
+
+def _innermost_loops(blocks: list[_Block]) -> dict[int, set[int]]:
+    """Every loop by its head: the blocks between a backward jump and its target, in the order of the code."""
+    loops: dict[int, set[int]] = {}
+    for index, block in enumerate(blocks):
+        for successor in block.successors:
+            if successor <= index and successor != index or successor == index:
+                loops.setdefault(successor, set()).update(range(successor, index + 1))
+    return {head: body for head, body in loops.items() if _cost(_joined(blocks, body)).loads > 0 or len(body) == 1}
+
+
+def _joined(blocks: list[_Block], body: set[int]) -> _Block:
+    return _Block([opcode for index in sorted(body) for opcode in blocks[index].opcodes], [])
+
+
+def _loop_exits(blocks: list[_Block], body: set[int]) -> list[int]:
+    return sorted({s for index in body for s in blocks[index].successors if s not in body})
+
+
+def _loop_cost(blocks: list[_Block], body: set[int], head: int, loads: int, passes: int) -> _Cost:
+    """The costliest iteration, as often as it takes to load a chunk."""
+    best: dict[int, dict[tuple[int, int], _Cost]] = {head: {(0, 0): _Cost(0, 0, 0, 0)}}
+    iteration = _Cost(0, 0, 0, 0)
+    for index in sorted(body):
+        for before in list(best.get(index, {}).values()):
+            after = before + _cost(blocks[index])
+            if head in blocks[index].successors and after.instructions > iteration.instructions:
+                iteration = after
+            for successor in blocks[index].successors:
+                if successor in body and successor > index:
+                    _keep_costliest(best.setdefault(successor, {}), after)
+    if iteration.loads == 0:
+        return iteration
+    streams = 1 if passes < 2 else passes
+    whole = loads if iteration.loads <= loads and loads % iteration.loads == 0 else loads * streams
+    return iteration.times(whole // iteration.loads)
+
+
+def _topological(blocks: list[_Block]) -> list[int]:
+    """The blocks in the order of the code: jumps go forward, but for those that close a loop."""
+    return list(range(len(blocks)))
