@@ -342,10 +342,11 @@ struct SoftMinMax {
   // extremes as a lane of type T holds it, `reach` the distance from there to either, and `half` = |a|·reach decides
   // how they are computed.
   enum class Regime {
-    kTiny,    // by their series to the 6th power of x = (w - center) / reach: no exponential and no cancellation,
-    kSmall,   // the same to the 10th power,
-    kMiddle,  // one range reduction for exp(±|a|·(w - center)),
-    kLarge    // above, and for whatever is not finite: an exponential of the distance to either end
+    kSeries4,   // by their series to the 4th power of x = (w - center) / reach: no exponential and no cancellation,
+    kSeries6,   // the same to the 6th,
+    kSeries10,  // and to the 10th power,
+    kMiddle,    // one range reduction for exp(±|a|·(w - center)),
+    kLarge      // above, and for whatever is not finite: an exponential of the distance to either end
   };
   template <class T>
   struct Frame {
@@ -360,14 +361,16 @@ struct SoftMinMax {
           reach(maximum / 2 - minimum / 2 > kSmallest ? maximum / 2 - minimum / 2 : kSmallest),
           inverse_reach(1 / reach),
           half(temperature * reach),
-          regime(half <= kTinyLimit    ? Regime::kTiny
-                 : half <= kSmallLimit ? Regime::kSmall
-                 : half <= 30          ? Regime::kMiddle
-                                       : Regime::kLarge) {}
+          regime(half <= kLimit4    ? Regime::kSeries4
+                 : half <= kLimit6  ? Regime::kSeries6
+                 : half <= kLimit10 ? Regime::kSeries10
+                 : half <= 30       ? Regime::kMiddle
+                                    : Regime::kLarge) {}
 
     // Where what the series leave out is below the rounding of T: docs/derivation.md.
-    static constexpr double kTinyLimit = sizeof(T) == sizeof(float) ? 0.2 : 0.002;
-    static constexpr double kSmallLimit = sizeof(T) == sizeof(float) ? 1 : 0.1;
+    static constexpr double kLimit4 = sizeof(T) == sizeof(float) ? 0.03 : 1e-4;
+    static constexpr double kLimit6 = sizeof(T) == sizeof(float) ? 0.2 : 0.002;
+    static constexpr double kLimit10 = sizeof(T) == sizeof(float) ? 1 : 0.1;
 
     // Whether lanes of type T hold the distances, their squares and the temperature without overflow or loss. Where
     // they do not, a chunk is computed in float64.
@@ -377,11 +380,11 @@ struct SoftMinMax {
     static constexpr double kLargest = sizeof(T) == sizeof(float) ? 1e15 : 1e150;
     static constexpr double kSmallest = sizeof(T) == sizeof(float) ? 1e-30 : 1e-290;
 
-    // Whether the series to the 6th power hold for entries up to there, too, none of the powers overflowing.
-    bool is_tiny_up_to(double maximum, double minimum) const {
+    // Whether the series up to `limit` hold for entries up to there, too, none of the powers overflowing.
+    bool holds_up_to(double maximum, double minimum, double limit) const {
       const double above = maximum - center, below = center - minimum;
       const double farthest = above > below ? above : below;
-      return temperature * farthest <= kTinyLimit && farthest <= 64 * reach;
+      return temperature * farthest <= limit && farthest <= 64 * reach;
     }
   };
 
@@ -418,38 +421,44 @@ struct SoftMinMax {
     R2_INLINE void add(V w) { add_powers<kOrder>(this->fields, (w - center) * inverse_reach); }
   };
   template <class V>
-  using TinySums = PowerSums<V, 6>;
+  using PowerSums4 = PowerSums<V, 4>;
   template <class V>
-  using SmallSums = PowerSums<V, 10>;
+  using PowerSums6 = PowerSums<V, 6>;
+  template <class V>
+  using PowerSums10 = PowerSums<V, 10>;
 
-  // The sums of six powers, and the extremes, in one look.
-  template <class V>
-  struct TinySumsAndExtent {
-    V fields[8];  // the sums, the maximum, the minimum
+  // The sums of powers, and the extremes, in one look.
+  template <class V, int kOrder>
+  struct PowerSumsAndExtent {
+    V fields[kOrder + 2];  // the sums, the maximum, the minimum
     V center, inverse_reach;
 
     template <class T>
-    R2_INLINE explicit TinySumsAndExtent(const Frame<T>& frame)
+    R2_INLINE explicit PowerSumsAndExtent(const Frame<T>& frame)
         : center(broadcast<V>(frame.center)), inverse_reach(broadcast<V>(frame.inverse_reach)) {
-      for (int i = 0; i < 6; ++i) fields[i] = V{};
-      fields[6] = broadcast<V>(-std::numeric_limits<double>::infinity());
-      fields[7] = broadcast<V>(std::numeric_limits<double>::infinity());
+      for (int i = 0; i < kOrder; ++i) fields[i] = V{};
+      fields[kOrder] = broadcast<V>(-std::numeric_limits<double>::infinity());
+      fields[kOrder + 1] = broadcast<V>(std::numeric_limits<double>::infinity());
     }
     R2_INLINE void add(V w) {
-      add_powers<6>(fields, (w - center) * inverse_reach);
+      add_powers<kOrder>(fields, (w - center) * inverse_reach);
       include(w, w);
     }
-    R2_INLINE void merge(const TinySumsAndExtent& other) {
-      for (int i = 0; i < 6; ++i) fields[i] = fields[i] + other.fields[i];
-      include(other.fields[6], other.fields[7]);
+    R2_INLINE void merge(const PowerSumsAndExtent& other) {
+      for (int i = 0; i < kOrder; ++i) fields[i] = fields[i] + other.fields[i];
+      include(other.fields[kOrder], other.fields[kOrder + 1]);
     }
 
    private:
     R2_INLINE void include(V maximum, V minimum) {
-      fields[6] = select(maximum > fields[6], maximum, fields[6]);
-      fields[7] = select(minimum < fields[7], minimum, fields[7]);
+      fields[kOrder] = select(maximum > fields[kOrder], maximum, fields[kOrder]);
+      fields[kOrder + 1] = select(minimum < fields[kOrder + 1], minimum, fields[kOrder + 1]);
     }
   };
+  template <class V>
+  using PowerSumsAndExtent4 = PowerSumsAndExtent<V, 4>;
+  template <class V>
+  using PowerSumsAndExtent6 = PowerSumsAndExtent<V, 6>;
 
   // exp(±|a|·(w - center)) times 1, u and u², u being the distance to the maximum (first three) or to the minimum.
   template <class V>
@@ -592,9 +601,11 @@ struct SoftMinMax {
     }
   };
   template <class V>
-  using TinySlope = SeriesSlope<V, 6>;
+  using SeriesSlope4 = SeriesSlope<V, 4>;
   template <class V>
-  using SmallSlope = SeriesSlope<V, 10>;
+  using SeriesSlope6 = SeriesSlope<V, 6>;
+  template <class V>
+  using SeriesSlope10 = SeriesSlope<V, 10>;
 
   template <class V>
   struct MiddleSlope {
@@ -649,11 +660,12 @@ struct SoftMinMax {
     constexpr int64_t kFirst = 1024;
     const Extent<double> first = chunk.part(0, kFirst).template sum<Extent>();
     const ChunkFrame guess(first.fields[0], first.fields[1], parameter);
-    if (guess.regime == Regime::kTiny && guess.is_representable() && chunk.size() > kFirst) {
-      const TinySumsAndExtent<double> sums = chunk.template sum<TinySumsAndExtent>(guess);
-      const double maximum = sums.fields[6], minimum = sums.fields[7];
-      if (guess.is_tiny_up_to(maximum, minimum)) {
-        return series_row<6>(guess, chunk.size(), sums.fields, maximum, minimum);
+    if (chunk.size() > kFirst && guess.is_representable()) {
+      Row row;
+      if (guess.half <= ChunkFrame::kLimit4 / 2) {
+        if (reduce_around<4, PowerSumsAndExtent4>(guess, chunk, ChunkFrame::kLimit4, row)) return row;
+      } else if (guess.half <= ChunkFrame::kLimit6 / 2) {
+        if (reduce_around<6, PowerSumsAndExtent6>(guess, chunk, ChunkFrame::kLimit6, row)) return row;
       }
     }
     const Extent<double> extent = chunk.template sum<Extent>();
@@ -671,14 +683,25 @@ struct SoftMinMax {
   }
 
  private:
+  // Whether the series around the guess hold for the whole chunk, and its row if they do.
+  template <int kOrder, template <class> class Sums, class T, class Chunk>
+  static bool reduce_around(const Frame<T>& guess, const Chunk& chunk, double limit, Row& row) {
+    const Sums<double> sums = chunk.template sum<Sums>(guess);
+    const double maximum = sums.fields[kOrder], minimum = sums.fields[kOrder + 1];
+    row = series_row<kOrder>(guess, chunk.size(), sums.fields, maximum, minimum);
+    return guess.holds_up_to(maximum, minimum, limit);
+  }
+
   template <class T, class Chunk>
   static Row reduce_in(const Frame<T>& frame, const Chunk& chunk) {
     const double maximum = frame.maximum, minimum = frame.minimum;
     switch (frame.regime) {
-      case Regime::kTiny:
-        return series_row<6>(frame, chunk.size(), chunk.template sum<TinySums>(frame).fields, maximum, minimum);
-      case Regime::kSmall:
-        return series_row<10>(frame, chunk.size(), chunk.template sum<SmallSums>(frame).fields, maximum, minimum);
+      case Regime::kSeries4:
+        return series_row<4>(frame, chunk.size(), chunk.template sum<PowerSums4>(frame).fields, maximum, minimum);
+      case Regime::kSeries6:
+        return series_row<6>(frame, chunk.size(), chunk.template sum<PowerSums6>(frame).fields, maximum, minimum);
+      case Regime::kSeries10:
+        return series_row<10>(frame, chunk.size(), chunk.template sum<PowerSums10>(frame).fields, maximum, minimum);
       case Regime::kMiddle:
         return middle_row(frame, chunk.template sum<MiddleSums>(frame).fields);
       default:
@@ -689,10 +712,12 @@ struct SoftMinMax {
   template <class T, class Chunk>
   static void apply_in(const Frame<T>& frame, const Chunk& chunk, const Row& row, double coefficient) {
     switch (frame.regime) {
-      case Regime::kTiny:
-        return chunk.template apply<TinySlope>(frame, row, coefficient);
-      case Regime::kSmall:
-        return chunk.template apply<SmallSlope>(frame, row, coefficient);
+      case Regime::kSeries4:
+        return chunk.template apply<SeriesSlope4>(frame, row, coefficient);
+      case Regime::kSeries6:
+        return chunk.template apply<SeriesSlope6>(frame, row, coefficient);
+      case Regime::kSeries10:
+        return chunk.template apply<SeriesSlope10>(frame, row, coefficient);
       case Regime::kMiddle:
         return chunk.template apply<MiddleSlope>(frame, row, coefficient);
       default:

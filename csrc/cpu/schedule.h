@@ -30,21 +30,32 @@ void run_in_order(int64_t count, const Work& work) {
   }
 }
 
-// Consecutive chunks that one thread takes at a time: one full chunk, or many small segments.
+// Consecutive chunks that one thread takes at a time.
 struct ChunkRange {
   int64_t begin, end;
 };
 
+// Long runs of memory, which the prefetchers follow, but several for each thread, so that all finish together.
 inline std::vector<ChunkRange> cut_into_ranges(const Segments& segments) {
-  std::vector<ChunkRange> ranges;
+  constexpr int64_t kLongest = 32, kRangesPerThread = 8;
   const auto& chunks = segments.chunks();
   const auto size_of = [&](int64_t i) {
     return std::min(kChunkSize, segments.all()[chunks[i].segment].size - chunks[i].index * kChunkSize);
   };
   const int64_t count = static_cast<int64_t>(chunks.size());
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += size_of(i);
+  const int64_t share = total / (kRangesPerThread * torch::stable::get_num_threads());
+  const int64_t longest = std::clamp(share, kChunkSize, kLongest * kChunkSize);
+  // Only segments of a chunk or less share a range: a longer one is then finished by few.
+  const auto is_long = [&](int64_t i) { return segments.all()[chunks[i].segment].size > kChunkSize; };
+  std::vector<ChunkRange> ranges;
   for (int64_t begin = 0; begin < count;) {
     int64_t end = begin + 1;
-    for (int64_t size = size_of(begin); end < count && (size += size_of(end)) <= kChunkSize;) ++end;
+    for (int64_t size = size_of(begin); end < count && (size += size_of(end)) <= longest;) {
+      if (chunks[end].segment != chunks[begin].segment && (is_long(begin) || is_long(end))) break;
+      ++end;
+    }
     ranges.push_back({begin, end});
     begin = end;
   }
@@ -78,32 +89,23 @@ struct Step {
   bool is_apply : 1;
 };
 
-// Reduces a cache-full of segments, then applies to them, last chunk first, as the last ones read are still in cache;
-// then the next cache-full.
+// Reduces a cache-full of whole segments, or one that does not fit, then applies to them while they are in the cache.
 inline std::vector<Step> reduce_then_apply(const Segments& segments, const std::vector<ChunkRange>& ranges) {
   constexpr int64_t kCacheBytes = int64_t{4} << 20;
-  std::vector<Step> steps;
-  steps.reserve(2 * ranges.size());
   const auto segment_of = [&](int64_t chunk) { return segments.chunks()[chunk].segment; };
   const int64_t count = static_cast<int64_t>(ranges.size());
-  for (int64_t begin = 0; begin < count;) {
-    int64_t end = begin, bytes = 0;
-    // Whole segments only: until the next one would not fit, and up to a range that ends with its segment.
-    while (end < count) {
-      int64_t stop = end, more = 0;
-      do {
-        for (int64_t i = ranges[stop].begin; i < ranges[stop].end; ++i) {
-          more += kChunkSize * segments.all()[segment_of(i)].entry_bytes();
-        }
-        ++stop;
-      } while (stop < count && segment_of(ranges[stop].begin) == segment_of(ranges[stop - 1].end - 1));
-      if (end > begin && bytes + more > kCacheBytes) break;
-      end = stop;
-      bytes += more;
-    }
+  std::vector<Step> steps;
+  steps.reserve(2 * ranges.size());
+  for (int64_t begin = 0, bytes = 0, end = 0; begin < count; begin = end, bytes = 0) {
+    do {
+      for (int64_t i = ranges[end].begin; i < ranges[end].end; ++i) {
+        bytes += kChunkSize * segments.all()[segment_of(i)].entry_bytes();
+      }
+      ++end;
+    } while (end < count &&
+             (bytes < kCacheBytes || segment_of(ranges[end].begin) == segment_of(ranges[end - 1].end - 1)));
     for (int64_t i = begin; i < end; ++i) steps.push_back({i, false});
     for (int64_t i = begin; i < end; ++i) steps.push_back({i, true});
-    begin = end;
   }
   return steps;
 }
