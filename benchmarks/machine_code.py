@@ -44,7 +44,7 @@ class Source(NamedTuple):
     options: dict[str, int]
 
 
-def source(kernel: str, penalty: str, dtype: torch.dtype) -> Source:
+def source(kernel: str, penalty: str, dtype: torch.dtype, is_amd: bool = False) -> Source:
     """What the backend launches for float32 parameters and coefficients: ``apply`` writes gradients, ``apply_`` adds."""
     sums = "*fp64" if dtype is torch.float64 else "*fp32"
     has_parameter = PENALTIES[penalty].parameter is not None
@@ -53,7 +53,7 @@ def source(kernel: str, penalty: str, dtype: torch.dtype) -> Source:
     slopes = "*fp32" if has_parameter else None
     arguments: dict[str, Any]
     if kernel == "reduce":
-        function, constants = reduce_chunks, operators.reduce_constants(penalty, dtype)
+        function, constants = reduce_chunks, operators.reduce_constants(penalty, dtype, is_amd)
         arguments = {"chunks": "*i32", "segments": "*i64", **parameters, "sums": sums, "all_chunks": "i64"}
     elif kernel == "merge":
         function, constants = merge_chunks, operators.merge_constants(penalty, dtype)
@@ -63,7 +63,7 @@ def source(kernel: str, penalty: str, dtype: torch.dtype) -> Source:
         function, constants = finalize_rows, operators.finalize_constants(penalty)
         arguments = {"statistics": "*fp64", **parameters, "values": "*fp32", "slopes": slopes, "count": "i32"}
     else:
-        function, constants = apply_chunks, operators.apply_constants(penalty, dtype, kernel == "apply_")
+        function, constants = apply_chunks, operators.apply_constants(penalty, dtype, kernel == "apply_", is_amd)
         arguments = {"chunks": "*i32", "segments": "*i64", "destinations": "*i64", **parameters}
         arguments |= {"coefficients": "*fp32", "coefficient_stride": 1, "statistics": "*fp64", "maxima": maxima}
     options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
@@ -76,10 +76,9 @@ def source(kernel: str, penalty: str, dtype: torch.dtype) -> Source:
 
 def compile_kernel(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> Any:
     """The compiled kernel; its ``asm`` holds every stage, ``metadata`` what was chosen. Triton caches it on disk."""
-    function, signature, constants, options = source(kernel, penalty, dtype)
-    if target.startswith("gfx"):
-        options = {name: value for name, value in options.items() if name != "maxnreg"}
-    return triton.compile(ASTSource(function, signature, constants), target=TARGETS[target], options=options)
+    gpu = TARGETS[target]
+    function, signature, constants, options = source(kernel, penalty, dtype, gpu.backend == "hip")
+    return triton.compile(ASTSource(function, signature, constants), target=gpu, options=options)
 
 
 @dataclass(frozen=True)
@@ -124,11 +123,12 @@ class MachineCode:
         return min(65536 // (per_thread * self.threads) * self.threads, 2048) / 2048
 
 
-def read(compiled: Any, dtype: torch.dtype, passes: int) -> MachineCode:
-    """The machine code of a kernel that loads each chunk ``passes`` times, 16 bytes at a time where it can.
-
-    ``passes`` counts the loads of one entry: twice where a reduction looks twice, and the gradient where it is added to.
-    """
+def read(compiled: Any, kernel: str, penalty: str, dtype: torch.dtype) -> MachineCode:
+    """The machine code of ``reduce``, ``apply`` or ``apply_``, compiled for an NVIDIA GPU."""
+    # How often an entry is loaded, and how often by one loop: a reduction with extremes looks twice, in two loops, and
+    # the loop that adds to gradients loads these too.
+    loops = 2 if kernel == "reduce" and operators.EXTREMES[penalty] else 1
+    streams = 2 if kernel == "apply_" else 1
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -149,7 +149,7 @@ def read(compiled: Any, dtype: torch.dtype, passes: int) -> MachineCode:
         threads=threads,
         vector_loads=sum(_is_vector_load(opcode) for opcode in opcodes),
         vector_stores=sum(opcode.startswith("STG.E.128") for opcode in opcodes),
-        paths=tuple(_paths(blocks, loads, passes, elements)),
+        paths=tuple(_paths(blocks, loads * streams, loops, elements)),
     )
 
 
@@ -237,26 +237,25 @@ def _cost(block: _Block) -> _Cost:
     )
 
 
-def _paths(blocks: list[_Block], loads: int, passes: int, elements: int) -> Iterator[Path16]:
+def _paths(blocks: list[_Block], loads: int, loops: int, elements: int) -> Iterator[Path16]:
     """The costliest way from entry to exit for each number of exponentials, of those that load every entry by vectors.
 
-    A loop that loads k vectors an iteration, ``streams`` of them of each entry, runs until its pass over the chunk is
-    complete; others, which belong to chunks that are not aligned or not full, count once and do not qualify.
+    A loop that loads k vectors an iteration runs ``loads`` / k times, for a chunk; there are ``loops`` of these, or
+    straight code in their place. Paths with others belong to chunks that are not aligned or not full.
     """
     loop_of = _innermost_loops(blocks)
     best: dict[int, dict[tuple[int, int], _Cost]] = {}
-    order = _topological(blocks)
     totals: dict[tuple[int, int], _Cost] = {}
-    for index in order:
+    for index, block in enumerate(blocks):  # Jumps go forward, but for those that close a loop.
         arriving = best.setdefault(index, {})
-        if index == order[0]:
+        if index == 0:
             arriving[(0, 0)] = _Cost(0, 0, 0, 0)
         body = loop_of.get(index)
-        cost = _cost(blocks[index]) if body is None else _loop_cost(blocks, body, index, loads, passes)
+        cost = _cost(block) if body is None else _loop_cost(blocks, body, index, loads)
         leaving: dict[tuple[int, int], _Cost] = {}
         for before in arriving.values():
             _keep_costliest(leaving, before + cost)
-        exits = [s for s in blocks[index].successors] if body is None else _loop_exits(blocks, body)
+        exits = block.successors if body is None else _loop_exits(blocks, body)
         for successor in exits:
             for after in leaving.values():
                 _keep_costliest(best.setdefault(successor, {}), after)
@@ -264,7 +263,7 @@ def _paths(blocks: list[_Block], loads: int, passes: int, elements: int) -> Iter
             for after in leaving.values():
                 _keep_costliest(totals, after)
     for (path_loads, exponentials), cost in sorted(totals.items(), key=lambda item: item[0][1]):
-        if path_loads == loads * passes:
+        if path_loads == loads * loops:
             yield Path16(cost.instructions, exponentials, cost.shuffles, elements)
 
 
@@ -279,7 +278,7 @@ def _innermost_loops(blocks: list[_Block]) -> dict[int, set[int]]:
     loops: dict[int, set[int]] = {}
     for index, block in enumerate(blocks):
         for successor in block.successors:
-            if successor <= index and successor != index or successor == index:
+            if successor <= index:
                 loops.setdefault(successor, set()).update(range(successor, index + 1))
     return {head: body for head, body in loops.items() if _cost(_joined(blocks, body)).loads > 0 or len(body) == 1}
 
@@ -292,7 +291,7 @@ def _loop_exits(blocks: list[_Block], body: set[int]) -> list[int]:
     return sorted({s for index in body for s in blocks[index].successors if s not in body})
 
 
-def _loop_cost(blocks: list[_Block], body: set[int], head: int, loads: int, passes: int) -> _Cost:
+def _loop_cost(blocks: list[_Block], body: set[int], head: int, loads: int) -> _Cost:
     """The costliest iteration, as often as it takes to load a chunk."""
     best: dict[int, dict[tuple[int, int], _Cost]] = {head: {(0, 0): _Cost(0, 0, 0, 0)}}
     iteration = _Cost(0, 0, 0, 0)
@@ -306,11 +305,4 @@ def _loop_cost(blocks: list[_Block], body: set[int], head: int, loads: int, pass
                     _keep_costliest(best.setdefault(successor, {}), after)
     if iteration.loads == 0:
         return iteration
-    streams = 1 if passes < 2 else passes
-    whole = loads if iteration.loads <= loads and loads % iteration.loads == 0 else loads * streams
-    return iteration.times(whole // iteration.loads)
-
-
-def _topological(blocks: list[_Block]) -> list[int]:
-    """The blocks in the order of the code: jumps go forward, but for those that close a loop."""
-    return list(range(len(blocks)))
+    return iteration.times(loads // iteration.loads)

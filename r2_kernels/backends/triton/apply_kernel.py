@@ -27,7 +27,9 @@ def apply_chunks(
     statistics,
     maxima,
     prepare: tl.constexpr,
+    slope_regime: tl.constexpr,
     gradient: tl.constexpr,
+    SLOPE_REGIMES: tl.constexpr,
     STATISTICS: tl.constexpr,
     DTYPE: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -55,29 +57,34 @@ def apply_chunks(
         length = tl.minimum(numel - number * CHUNK, CHUNK).to(tl.int32)
         weights = address.to(tl.pointer_type(DTYPE)) + number * CHUNK
         gradients = destination.to(tl.pointer_type(DTYPE)) + number * CHUNK
-        if (length == CHUNK) & ((address | destination) % 16 == 0):
-            weights, gradients = tl.multiple_of(weights, 16), tl.multiple_of(gradients, 16)
-            for start in range(0, CHUNK, BLOCK):
-                offsets = start + tl.arange(0, BLOCK)
-                _apply(weights + offsets, gradients + offsets, None, gradient, constants, ACCUMULATOR, ADD)
-        else:
-            for start in range(0, length, BLOCK):
-                offsets = start + tl.arange(0, BLOCK)
-                mask = offsets < length
-                _apply(weights + offsets, gradients + offsets, mask, gradient, constants, ACCUMULATOR, ADD)
+        chosen = slope_regime(constants)
+        for REGIME in tl.static_range(SLOPE_REGIMES):
+            if chosen == REGIME:
+                if (length == CHUNK) & ((address | destination) % 16 == 0):
+                    w, g = tl.multiple_of(weights, 16), tl.multiple_of(gradients, 16)
+                    _apply(w, g, CHUNK, True, gradient, constants, REGIME, ACCUMULATOR, BLOCK, ADD)
+                else:
+                    _apply(weights, gradients, length, False, gradient, constants, REGIME, ACCUMULATOR, BLOCK, ADD)
 
 
 @triton.jit
 def _apply(
     weights,
     gradients,
-    mask,
+    length,
+    IS_FULL: tl.constexpr,
     gradient: tl.constexpr,
     constants,
+    REGIME: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    result = gradient(widened(tl.load(weights, mask=mask), ACCUMULATOR), constants)
-    if ADD:
-        result += widened(tl.load(gradients, mask=mask), ACCUMULATOR)
-    tl.store(gradients, narrowed(result, gradients.dtype.element_ty), mask=mask)
+    """The gradients of a chunk, block by block."""
+    for start in range(0, length, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        mask = None if IS_FULL else offsets < length
+        result = gradient(widened(tl.load(weights + offsets, mask=mask), ACCUMULATOR), constants, REGIME)
+        if ADD:
+            result += widened(tl.load(gradients + offsets, mask=mask), ACCUMULATOR)
+        tl.store(gradients + offsets, narrowed(result, gradients.dtype.element_ty), mask=mask)

@@ -32,10 +32,10 @@ EMPTY_ROWS = {
 }
 EXTREMES = {"linf": 1, "margin": 0, "soft_min_max": 2}
 REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 3}
+SLOPE_REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 2}
 MERGE_LANES = 256
 FINALIZE_LANES = 128
-APPLY_BLOCK = 1024
-APPLY_WARPS = 4
+APPLY_THREADS = 128
 
 _weight_tables: TableCache[WeightTable] = TableCache()
 _destination_tables: TableCache[DestinationTable] = TableCache()
@@ -105,14 +105,14 @@ def launch(kernel: Any, programs: int, arguments: Sequence[Any], constants: dict
 
 
 @cache
-def reduce_constants(penalty: str, dtype: torch.dtype) -> dict[str, Any]:
+def reduce_constants(penalty: str, dtype: torch.dtype, is_amd: bool = torch.version.hip is not None) -> dict[str, Any]:
     """The compile-time arguments of ``reduce_chunks``: a load of 16 bytes a thread at a time."""
     functions = FUNCTIONS[penalty]
     vector = 16 // dtype.itemsize
-    warps = 8 if dtype.itemsize == 2 else 16
-    constants = {
+    threads = {2: 128, 4: 512, 8: 128}[dtype.itemsize]
+    return {
         "extremes": functions.extremes,
-        "lowest": functions.lowest,
+        "neutral": functions.neutral,
         "anchor": functions.anchor,
         "regime": functions.regime,
         "terms": functions.terms,
@@ -121,13 +121,10 @@ def reduce_constants(penalty: str, dtype: torch.dtype) -> dict[str, Any]:
         "DTYPE": LANGUAGE_DTYPES[dtype],
         "ACCUMULATOR": accumulator(dtype),
         "CHUNK": CHUNK_SIZE,
-        "BLOCK": vector * 32 * warps,
+        "BLOCK": vector * threads,
         "VECTOR": vector,
-        "num_warps": warps,
+        **_options(dtype, threads, is_amd),
     }
-    if dtype is torch.float64 and torch.version.hip is None:
-        constants["maxnreg"] = 64  # Two programs on a processor, half of its threads.
-    return constants
 
 
 @cache
@@ -149,19 +146,23 @@ def merge_constants(penalty: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @cache
-def apply_constants(penalty: str, dtype: torch.dtype, add: bool) -> dict[str, Any]:
+def apply_constants(
+    penalty: str, dtype: torch.dtype, add: bool, is_amd: bool = torch.version.hip is not None
+) -> dict[str, Any]:
     """The compile-time arguments of ``apply_chunks``."""
     functions = FUNCTIONS[penalty]
     return {
         "prepare": functions.prepare,
         "gradient": functions.gradient,
+        "slope_regime": functions.slope_regime,
+        "SLOPE_REGIMES": SLOPE_REGIMES[penalty],
         "STATISTICS": len(EMPTY_ROWS[penalty]),
         "DTYPE": LANGUAGE_DTYPES[dtype],
         "ACCUMULATOR": accumulator(dtype),
         "CHUNK": CHUNK_SIZE,
-        "BLOCK": APPLY_BLOCK,
+        "BLOCK": APPLY_THREADS * (16 // dtype.itemsize),
         "ADD": add,
-        "num_warps": APPLY_WARPS,
+        **_options(dtype, APPLY_THREADS, is_amd),
     }
 
 
@@ -174,6 +175,14 @@ def finalize_constants(penalty: str) -> dict[str, Any]:
         "LANES": FINALIZE_LANES,
         "num_warps": FINALIZE_LANES // 32,
     }
+
+
+def _options(dtype: torch.dtype, threads: int, is_amd: bool) -> dict[str, int]:
+    """The compiler's options for programs of that many threads."""
+    if is_amd:
+        return {"num_warps": threads // 64}
+    # In float64, NVIDIA's compiler takes more registers than let half of a processor's threads run, unless it may not.
+    return {"num_warps": threads // 32} | ({"maxnreg": 64} if dtype is torch.float64 else {})
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

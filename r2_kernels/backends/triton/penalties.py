@@ -3,17 +3,20 @@
 Each penalty is a set of functions that the kernels take as compile-time arguments; a penalty knows nothing of chunks,
 tables or addresses, and the kernels nothing of a penalty:
 
-    extremes     what to take the maximum of over a chunk, a tuple, from its entries ``w``, in w's precision
-    lowest       what those maxima start from
-    anchor       from these maxima: first what to store of them, then what ``terms`` need, all scalars
+    extremes     what to take the maximum of over a chunk, from its entries ``w``, in w's precision: nothing, or a tuple
+                 of one, or of two, and then the second's minimum is meant
+    neutral      what these extremes start from
+    anchor       from these extremes: first what to store of them, then what ``terms`` need, all scalars
     regime       which of the ways to compute ``terms`` suits an anchor: 0, 1 or 2
     terms        what to add up over a chunk, a tuple, from its entries and its anchor, in a given regime
-    convert      a chunk's stored maxima and sums to its statistics, float64, in the order of ``r2_kernels.penalties``
+    convert      a chunk's stored extremes and sums to its statistics, float64, in the order of ``r2_kernels.penalties``
     merge        the statistics of two halves to the whole's, lane by lane
     across       those of all lanes to one row
     finalize     value and gradient with respect to the parameter, from the statistics
     prepare      constants of a segment's gradient, once in float64, rounded to the precision of its entries
-    gradient     the gradient with respect to each entry, times the segment's coefficient, from these constants
+    slope_regime which of the ways to compute ``gradient`` suits these constants: 0 or 1
+    gradient     the gradient with respect to each entry, times the segment's coefficient, from these constants, in a
+                 given regime
 
 ``parameter`` is M or the temperature in float64, zero where a penalty has none. Triton's ``max`` and ``min`` drop a
 NaN: where they do, the sums that follow keep it. ``docs/derivation.md`` derives the formulas.
@@ -41,7 +44,7 @@ class Functions(NamedTuple):
     """One penalty's functions, by what they do."""
 
     extremes: triton.JITFunction
-    lowest: triton.JITFunction
+    neutral: triton.JITFunction
     anchor: triton.JITFunction
     regime: triton.JITFunction
     terms: triton.JITFunction
@@ -50,6 +53,7 @@ class Functions(NamedTuple):
     across: triton.JITFunction
     finalize: triton.JITFunction
     prepare: triton.JITFunction
+    slope_regime: triton.JITFunction
     gradient: triton.JITFunction
 
 
@@ -79,7 +83,7 @@ def linf_extremes(w):
 
 
 @triton.jit
-def linf_lowest(lanes: tl.constexpr, dtype: tl.constexpr):
+def linf_neutral(lanes: tl.constexpr, dtype: tl.constexpr):
     return (_bits(tl.zeros((lanes,), dtype)),)
 
 
@@ -124,7 +128,7 @@ def linf_prepare(row, parameter, coefficient, dtype: tl.constexpr):
 
 
 @triton.jit
-def linf_gradient(w, constants):
+def linf_gradient(w, constants, REGIME: tl.constexpr):
     maximum, share, zero = constants
     return tl.where(tl.abs(w) == maximum, _with_sign_of(w, share), zero)
 
@@ -148,7 +152,7 @@ def margin_extremes(w):
 
 
 @triton.jit
-def margin_lowest(lanes: tl.constexpr, dtype: tl.constexpr):
+def margin_neutral(lanes: tl.constexpr, dtype: tl.constexpr):
     return ()
 
 
@@ -194,7 +198,7 @@ def margin_prepare(row, parameter, coefficient, dtype: tl.constexpr):
 
 
 @triton.jit
-def margin_gradient(w, constants):
+def margin_gradient(w, constants, REGIME: tl.constexpr):
     margin, coefficient = constants
     inside = tl.where(w == w, 0.0, w)
     return tl.where(tl.abs(w) > margin, _with_sign_of(w, coefficient), inside)
@@ -263,17 +267,17 @@ def _moments(u, exponent):
 
 @triton.jit
 def soft_min_max_extremes(w):
-    return w, -w
+    return w, w
 
 
 @triton.jit
-def soft_min_max_lowest(lanes: tl.constexpr, dtype: tl.constexpr):
-    return tl.full((lanes,), -INFINITY, dtype), tl.full((lanes,), -INFINITY, dtype)
+def soft_min_max_neutral(lanes: tl.constexpr, dtype: tl.constexpr):
+    return tl.full((lanes,), -INFINITY, dtype), tl.full((lanes,), INFINITY, dtype)
 
 
 @triton.jit
 def soft_min_max_anchor(extremes, parameter, dtype: tl.constexpr):
-    maximum, minimum = extremes[0], -extremes[1]
+    maximum, minimum = extremes
     temperature = tl.abs(parameter).to(dtype)
     center, unit, inverse, half = _frame(maximum, minimum, temperature)
     return maximum, minimum, center, unit, _steepness(temperature, inverse), half
@@ -459,9 +463,14 @@ def _large_gradient(w, unit, steepness, maximum, minimum, p_scale, p_offset, q_s
 
 
 @triton.jit
-def soft_min_max_gradient(w, constants):
-    is_small, c0, c1, c2, c3, c4, c5, c6, c7, c8 = constants
-    if is_small:
+def soft_min_max_slope_regime(constants):
+    return tl.where(constants[0], 0, 1)
+
+
+@triton.jit
+def soft_min_max_gradient(w, constants, REGIME: tl.constexpr):
+    _, c0, c1, c2, c3, c4, c5, c6, c7, c8 = constants
+    if REGIME == 0:
         slope = _small_gradient(w, c0, c1, c2, c3, c4, c5, c6, c7, c8)
     else:
         slope = _large_gradient(w, c0, c1, c2, c3, c4, c5, c6, c7)
@@ -469,13 +478,13 @@ def soft_min_max_gradient(w, constants):
 
 
 FUNCTIONS = {
-    "linf": Functions(linf_extremes, linf_lowest, linf_anchor, only_regime, linf_terms, linf_convert, linf_merge, linf_across, linf_finalize, linf_prepare, linf_gradient),
+    "linf": Functions(linf_extremes, linf_neutral, linf_anchor, only_regime, linf_terms, linf_convert, linf_merge, linf_across, linf_finalize, linf_prepare, only_regime, linf_gradient),
     "margin": Functions(
-        margin_extremes, margin_lowest, margin_anchor, only_regime, margin_terms, margin_convert, margin_merge, margin_across, margin_finalize, margin_prepare, margin_gradient
+        margin_extremes, margin_neutral, margin_anchor, only_regime, margin_terms, margin_convert, margin_merge, margin_across, margin_finalize, margin_prepare, only_regime, margin_gradient
     ),
     "soft_min_max": Functions(
         soft_min_max_extremes,
-        soft_min_max_lowest,
+        soft_min_max_neutral,
         soft_min_max_anchor,
         soft_min_max_regime,
         soft_min_max_terms,
@@ -484,6 +493,7 @@ FUNCTIONS = {
         soft_min_max_across,
         soft_min_max_finalize,
         soft_min_max_prepare,
+        soft_min_max_slope_regime,
         soft_min_max_gradient,
     ),
 }

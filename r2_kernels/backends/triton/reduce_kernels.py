@@ -15,9 +15,9 @@ from r2_kernels.backends.triton.storage import widened
 # chunks        int32 (chunks of this dtype, 2): the row of the segment in ``segments``, the chunk's number in it
 # segments      int64 (N, 3): address of the first entry, entries, number of the segment's first chunk in ``sums``
 # parameters    float32 or float64, stride ``parameter_stride``, (N,), or None: M or the temperature
-# sums          float32 or float64 (SUMS, all_chunks): the chunks' maxima and sums, written here
+# sums          float32 or float64 (SUMS, all_chunks): the chunks' extremes and sums, written here
 #
-# A chunk is read twice, for its maxima and for its sums: the second time from the processor's L1 or L2 cache.
+# A chunk is read twice, for its extremes and for its sums: the second time from the processor's L1 or L2 cache.
 @triton.jit
 def reduce_chunks(
     chunks,
@@ -27,7 +27,7 @@ def reduce_chunks(
     sums,
     all_chunks,
     extremes: tl.constexpr,
-    lowest: tl.constexpr,
+    neutral: tl.constexpr,
     anchor: tl.constexpr,
     regime: tl.constexpr,
     terms: tl.constexpr,
@@ -51,12 +51,12 @@ def reduce_chunks(
     if EXTREMES > 0:
         if (length == CHUNK) & (address % 16 == 0):
             aligned = tl.multiple_of(weights, 16)
-            largest = _maxima(aligned, CHUNK, True, extremes, lowest, ACCUMULATOR, BLOCK, VECTOR)
+            found = _extremes(aligned, CHUNK, True, extremes, neutral, ACCUMULATOR, BLOCK, VECTOR)
         else:
-            largest = _maxima(weights, length, False, extremes, lowest, ACCUMULATOR, BLOCK, VECTOR)
+            found = _extremes(weights, length, False, extremes, neutral, ACCUMULATOR, BLOCK, VECTOR)
     else:
-        largest = ()
-    anchors = anchor(largest, parameter, ACCUMULATOR)
+        found = ()
+    anchors = anchor(found, parameter, ACCUMULATOR)
     for field in tl.static_range(EXTREMES):
         tl.store(sums + field * all_chunks, anchors[field])
     sums += EXTREMES * all_chunks
@@ -73,19 +73,19 @@ def reduce_chunks(
 
 
 @triton.jit
-def _maxima(
+def _extremes(
     weights,
     length,
     IS_FULL: tl.constexpr,
     extremes: tl.constexpr,
-    lowest: tl.constexpr,
+    neutral: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """The maximum of each of the penalty's ``extremes`` over a chunk."""
-    largest = lowest(BLOCK // VECTOR, ACCUMULATOR)
-    neutral = lowest(BLOCK, ACCUMULATOR)
+    """The maximum of the first, the minimum of the second of the penalty's ``extremes`` over a chunk."""
+    found = neutral(BLOCK // VECTOR, ACCUMULATOR)
+    otherwise = neutral(BLOCK, ACCUMULATOR)
     for start in range(0, length, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         if IS_FULL:
@@ -97,13 +97,16 @@ def _maxima(
         for field in tl.static_range(len(values)):
             value = values[field]
             if not IS_FULL:
-                value = tl.where(mask, value, neutral[field])
-            within = tl.max(tl.reshape(value, (BLOCK // VECTOR, VECTOR)), axis=1)
-            joined = joined + (tl.maximum(largest[field], within),)
-        largest = joined
-    result = ()
-    for field in tl.static_range(len(largest)):
-        result = result + (tl.max(largest[field], axis=0),)
+                value = tl.where(mask, value, otherwise[field])
+            value = tl.reshape(value, (BLOCK // VECTOR, VECTOR))
+            if field == 0:
+                joined = joined + (tl.maximum(found[field], tl.max(value, axis=1)),)
+            else:
+                joined = joined + (tl.minimum(found[field], tl.min(value, axis=1)),)
+        found = joined
+    result = (tl.max(found[0], axis=0),)
+    if len(found) == 2:
+        result = result + (tl.min(found[1], axis=0),)
     return result
 
 

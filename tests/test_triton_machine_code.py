@@ -1,0 +1,86 @@
+"""The Triton kernels compiled for GPUs that are not here, and what their machine code must not lose."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from benchmarks.machine_code import KERNELS, MachineCode, compile_kernel, read
+from r2_kernels.penalties import PENALTIES
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STREAMING = ("reduce", "apply", "apply_")
+# Instructions a thread executes per element of a full, aligned chunk, its share of what a chunk costs once included, in
+# 32-bit precision. A tenth above what the compiler makes of the kernels today.
+BUDGETS = {
+    ("reduce", "linf"): 10.0,
+    ("reduce", "margin"): 11.0,
+    ("reduce", "soft_min_max"): {4: 31.0, 2: 25.0},
+    ("apply", "linf"): 9.5,
+    ("apply", "margin"): 9.0,
+    ("apply", "soft_min_max"): 33.0,
+    ("apply_", "linf"): 13.0,
+    ("apply_", "margin"): 13.5,
+    ("apply_", "soft_min_max"): 36.0,
+}
+
+each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def machine_code(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> MachineCode:
+    return read(compile_kernel(kernel, penalty, dtype, target), kernel, penalty, dtype)
+
+
+@each_penalty
+@each_dtype
+@pytest.mark.parametrize("kernel", STREAMING)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_machine_code(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> None:
+    code = machine_code(kernel, penalty, dtype, target)
+    assert code.stack == code.local == code.spills == 0, "registers are spilled"
+    assert code.occupancy >= 0.5, f"{code.registers} registers a thread"
+    assert code.vector_loads > 0
+    assert (code.vector_stores > 0) == (kernel != "reduce")
+    assert code.paths, "no path loads every entry of an aligned chunk 16 bytes at a time"
+    if dtype is not torch.float64:
+        budget = BUDGETS[kernel, penalty]
+        budget = budget[dtype.itemsize] if isinstance(budget, dict) else budget
+        assert max(path.per_element for path in code.paths) <= budget
+        per_element = max(path.exponentials_per_element for path in code.paths)
+        assert per_element <= (2.1 if penalty == "soft_min_max" else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_small_range_needs_no_exponential(dtype: torch.dtype) -> None:
+    code = machine_code("reduce", "soft_min_max", dtype, "sm_90")
+    assert [round(path.exponentials_per_element) for path in code.paths] == [0, 2]
+
+
+@each_penalty
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("kernel", ["merge", "finalize"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_over_statistics(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> None:
+    assert compile_kernel(kernel, penalty, dtype, target).asm["cubin"]
+
+
+@each_penalty
+@each_dtype
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_amd(kernel: str, penalty: str, dtype: torch.dtype) -> None:
+    """Compiles, spills nothing, and loads and stores 16 bytes at a time."""
+    compiled = compile_kernel(kernel, penalty, dtype, "gfx942")
+    assert compiled.asm["hsaco"]
+    if kernel in STREAMING:
+        text = compiled.asm["amdgcn"]
+        assert "global_load_dwordx4" in text
+        assert ("global_store_dwordx4" in text) == (kernel != "reduce")
+        assert ".vgpr_spill_count: 0" in text
+        assert "scratch_load" not in text
