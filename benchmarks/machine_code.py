@@ -31,7 +31,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-KERNELS = ("reduce", "merge", "finalize", "apply", "apply_")
+STREAMING = ("reduce", "apply", "apply_")
+KERNELS = (*STREAMING, "merge", "finalize")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

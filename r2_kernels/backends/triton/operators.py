@@ -109,7 +109,7 @@ def reduce_constants(penalty: str, dtype: torch.dtype, is_amd: bool = torch.vers
     """The compile-time arguments of ``reduce_chunks``: a load of 16 bytes a thread at a time."""
     functions = FUNCTIONS[penalty]
     vector = 16 // dtype.itemsize
-    threads = {2: 128, 4: 512, 8: 128}[dtype.itemsize]
+    threads = {2: 128, 4: 512, 8: 256}[dtype.itemsize]
     return {
         "extremes": functions.extremes,
         "neutral": functions.neutral,

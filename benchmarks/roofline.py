@@ -1,0 +1,187 @@
+"""``python -m benchmarks.roofline``: how long the Triton kernels should take on GPUs, PREDICTED from their machine code.
+
+Nothing here is measured on a GPU. The kernels are compiled for the GPU's architecture, the instructions of the path
+that a full, aligned chunk takes are counted, and each resource's time is work over throughput; the slowest bounds the
+kernel. ``docs/roofline.md`` explains the arithmetic and shows the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine_code import STREAMING, MachineCode, compile_kernel, read
+from r2_kernels.backends.triton.operators import EXTREMES
+from r2_kernels.backends.triton.penalties import sums_per_chunk
+from r2_kernels.penalties import CHUNK_SIZE, PENALTIES
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peak numbers; ``l2`` is what microbenchmarks reach, everything per second."""
+
+    name: str
+    target: str
+    processors: int
+    clock: float  # boost, hertz
+    memory: float  # bytes
+    l2: float  # bytes
+    l1: int  # bytes a processor holds
+    lanes: int = 128  # 32-bit operations a processor issues a clock
+    special_lanes: int = 16  # MUFU
+    shuffle_lanes: int = 32
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", "sm_80", 108, 1.41e9, 2.04e12, 4.5e12, 192 << 10, lanes=64),
+        Gpu("H100", "sm_90", 132, 1.98e9, 3.35e12, 5.5e12, 256 << 10),
+        Gpu("H200", "sm_90", 132, 1.98e9, 4.8e12, 5.5e12, 256 << 10),
+        Gpu("B200", "sm_100", 148, 1.965e9, 8.0e12, 10.0e12, 256 << 10),
+    )
+}
+# MI300X has no row: the compiler's code for it is tested, but its instructions are not counted here.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _llama(width: int, hidden: int, key_value: int, layers: int, vocabulary: int) -> list[int]:
+    attention = 2 * width * width + 2 * key_value * width
+    matrices = [width * width, key_value * width, key_value * width, width * width, *3 * [hidden * width]]
+    assert sum(matrices[:4]) == attention
+    return [vocabulary * width, *layers * matrices, vocabulary * width]
+
+
+def _from_shapes(model: str) -> list[int]:
+    from benchmarks.shapes import MODELS
+
+    return [math.prod(shape) for shape in MODELS[model][0]]
+
+
+MODELS = {
+    "ResNet-18": lambda: _from_shapes("ResNet-18"),
+    "GPT-2": lambda: _from_shapes("GPT-2"),
+    "Llama-2-7B": lambda: _llama(4096, 11008, 4096, 32, 32000),
+    "Llama-3-70B": lambda: _llama(8192, 28672, 1024, 80, 128256),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds per element of each resource, for one path through a kernel."""
+
+    gpu: str
+    kernel: str
+    penalty: str
+    dtype: str
+    exponentials: float  # per element
+    instructions: float  # per element
+    memory: float
+    issue: float
+    special: float
+    shuffle: float
+    l2: float
+
+    @property
+    def bound(self) -> str:
+        names = ("memory", "issue", "special", "shuffle", "l2")
+        return max(names, key=lambda name: getattr(self, name))
+
+    @property
+    def slowest(self) -> float:
+        return float(getattr(self, self.bound))
+
+
+@cache
+def _code(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> MachineCode:
+    return read(compile_kernel(kernel, penalty, dtype, target), kernel, penalty, dtype)
+
+
+def predict(gpu: Gpu, kernel: str, penalty: str, dtype: torch.dtype) -> Iterator[Prediction]:
+    """One prediction per path that a full, aligned chunk may take: soft-min-max has cheap and costly temperatures."""
+    code = _code(kernel, penalty, dtype, gpu.target)
+    streams = {"reduce": 1, "apply": 2, "apply_": 3}[kernel]
+    # A row of the table, a segment, and the chunk's sums, which are written, and read by the merge.
+    per_chunk = 8 + 24 + (2 * 4 * sums_per_chunk(penalty, False) if kernel == "reduce" else 8)
+    memory_bytes = streams * dtype.itemsize + per_chunk / CHUNK_SIZE
+    looks = 2 if kernel == "reduce" and EXTREMES[penalty] else 1
+    resident = code.occupancy * 2048 / code.threads * CHUNK_SIZE * dtype.itemsize
+    l2_bytes = memory_bytes + (looks - 1) * dtype.itemsize * max(0.0, 1 - gpu.l1 / resident)
+    per_second = gpu.processors * gpu.clock
+    by_exponentials = {round(path.exponentials_per_element): path for path in code.paths}
+    for exponentials, path in by_exponentials.items():
+        yield Prediction(
+            gpu.name,
+            kernel,
+            penalty,
+            str(dtype).removeprefix("torch."),
+            exponentials,
+            path.per_element,
+            memory_bytes / gpu.memory,
+            path.per_element / (gpu.lanes * per_second),
+            path.exponentials_per_element / (gpu.special_lanes * per_second),
+            path.shuffles_per_element / (gpu.shuffle_lanes * per_second),
+            l2_bytes / gpu.l2,
+        )
+
+
+def as_table(rows: list[Prediction]) -> str:
+    """Each resource's time in shares of the memory's, which is what a kernel that only moved the bytes would take."""
+    lines = [
+        "| GPU | kernel | penalty | dtype | exp | instructions | issue | MUFU | SHFL | L2 | bound by | time / memory time |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shares = [f"{getattr(row, name) / row.memory:.2f}" for name in ("issue", "special", "shuffle", "l2")]
+        lines.append(
+            f"| {row.gpu} | `{row.kernel}` | {row.penalty} | {row.dtype} | {row.exponentials:.0f} | "
+            f"{row.instructions:.1f} | {' | '.join(shares)} | {row.bound} | {row.slowest / row.memory:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def model_table(rows: list[Prediction]) -> str:
+    """The predicted time of each kernel over whole models, launches and tails left out."""
+    sizes = {model: sum(count()) for model, count in MODELS.items()}
+    lines = [
+        f"| GPU | kernel | penalty | dtype | exp | {' | '.join(sizes)} | share of the memory limit |",
+        f"|---|---|---|---|---|{'---|' * len(sizes)}---|",
+    ]
+    for row in rows:
+        times = [f"{1e6 * row.slowest * size:,.0f} µs" for size in sizes.values()]
+        lines.append(
+            f"| {row.gpu} | `{row.kernel}` | {row.penalty} | {row.dtype} | {row.exponentials:.0f} | "
+            f"{' | '.join(times)} | {row.memory / row.slowest:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser.add_argument("--gpu", action="append", choices=list(GPUS), help="only this GPU (repeatable); default: all")
+    parser.add_argument("--models", action="store_true", help="times of whole models, instead of shares of each resource")
+    parser.add_argument("--output", type=Path, help="write the predictions there as JSON, too")
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for name in arguments.gpu or GPUS
+        for kernel in STREAMING
+        for penalty in PENALTIES
+        for dtype in DTYPES
+        for row in predict(GPUS[name], kernel, penalty, dtype)
+    ]
+    print("Predicted from compiled code, measured on nothing.\n")
+    print(model_table(rows) if arguments.models else as_table(rows))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps([vars(row) | {"bound": row.bound} for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()
