@@ -60,9 +60,7 @@ def foreach_norm(penalty: str, weights: Sequence[Tensor]) -> Callable[[], object
     return lambda: torch._foreach_norm(list(weights), float("inf"))
 
 
-def _differentiated(
-    function: Callable[..., Tensor], penalty: str, weights: Sequence[Tensor]
-) -> Callable[[], object]:
+def _differentiated(function: Callable[..., Tensor], penalty: str, weights: Sequence[Tensor]) -> Callable[[], object]:
     leaves = [weight.detach().requires_grad_() for weight in weights]
     extra = parameter(penalty, len(leaves))
 

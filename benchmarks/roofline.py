@@ -166,7 +166,9 @@ def model_table(rows: list[Prediction]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("--gpu", action="append", choices=list(GPUS), help="only this GPU (repeatable); default: all")
-    parser.add_argument("--models", action="store_true", help="times of whole models, instead of shares of each resource")
+    parser.add_argument(
+        "--models", action="store_true", help="times of whole models, instead of shares of each resource"
+    )
     parser.add_argument("--output", type=Path, help="write the predictions there as JSON, too")
     arguments = parser.parse_args()
     rows = [

@@ -159,12 +159,10 @@ def test_full_chunks_at_every_alignment(penalty: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("chunk_size", [128, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @each_penalty
-def test_other_chunk_sizes(
-    penalty: str, dtype: torch.dtype, chunk_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_chunk_sizes(penalty: str, dtype: torch.dtype, chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks of small tensors, whole and partial, and segments with more chunks than merge at a time."""
+    small = {"CHUNK": chunk_size, "LANES": 4, "BLOCK": 64}
     for builder in (operators.reduce_constants, operators.merge_constants, operators.apply_constants):
-        small = {"CHUNK": chunk_size, "LANES": 4, "BLOCK": 64}
 
         def constants(*args: Any, builder: Any = builder) -> dict[str, Any]:
             made = builder(*args)
@@ -224,9 +222,9 @@ def test_a_captured_step_replays(penalty: str) -> None:
 @needs_gpu
 def test_capture_with_unknown_addresses_is_an_error() -> None:
     weights = [randn(300, device=DEVICE)]
-    with pytest.raises(RuntimeError, match="run one step with the same tensors first"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            operators.reduce("linf", weights, None)
+    error = pytest.raises(RuntimeError, match="run one step with the same tensors first")
+    with error, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        operators.reduce("linf", weights, None)
 
 
 @needs_gpu

@@ -478,9 +478,33 @@ def soft_min_max_gradient(w, constants, REGIME: tl.constexpr):
 
 
 FUNCTIONS = {
-    "linf": Functions(linf_extremes, linf_neutral, linf_anchor, only_regime, linf_terms, linf_convert, linf_merge, linf_across, linf_finalize, linf_prepare, only_regime, linf_gradient),
+    "linf": Functions(
+        linf_extremes,
+        linf_neutral,
+        linf_anchor,
+        only_regime,
+        linf_terms,
+        linf_convert,
+        linf_merge,
+        linf_across,
+        linf_finalize,
+        linf_prepare,
+        only_regime,
+        linf_gradient,
+    ),
     "margin": Functions(
-        margin_extremes, margin_neutral, margin_anchor, only_regime, margin_terms, margin_convert, margin_merge, margin_across, margin_finalize, margin_prepare, only_regime, margin_gradient
+        margin_extremes,
+        margin_neutral,
+        margin_anchor,
+        only_regime,
+        margin_terms,
+        margin_convert,
+        margin_merge,
+        margin_across,
+        margin_finalize,
+        margin_prepare,
+        only_regime,
+        margin_gradient,
     ),
     "soft_min_max": Functions(
         soft_min_max_extremes,
