@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,10 +27,9 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def model_weights() -> Iterator[dict[str, list[Tensor]]]:
+def model_weights() -> dict[str, list[Tensor]]:
     """The last model's weights: one model at a time is in memory."""
-    cache: dict[str, list[Tensor]] = {}
-    yield cache
+    return {}
 
 
 @pytest.mark.parametrize(("model", "penalty", "peer"), CASES, ids="|".join)

@@ -1,0 +1,1 @@
+"""Train with and without range regularization, compress, compare."""
