@@ -1,7 +1,7 @@
 """The Triton kernels compiled ahead of time, and what their machine code says: no GPU is needed.
 
-``compile_kernel`` builds exactly what the backend launches, for any architecture; ``read`` disassembles an NVIDIA binary
-with the tools that come with Triton, and follows its control flow along the path that loads 16 bytes at a time.
+``compile_kernel`` builds exactly what the backend launches, for any architecture; ``read`` disassembles an NVIDIA
+binary with the tools that come with Triton, and follows its control flow along the path that loads 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 
 def source(kernel: str, penalty: str, dtype: torch.dtype, is_amd: bool = False) -> Source:
-    """What the backend launches for float32 parameters and coefficients: ``apply`` writes gradients, ``apply_`` adds."""
+    """What the backend launches for float32 parameters: ``apply`` writes gradients, ``apply_`` adds to them."""
     sums = "*fp64" if dtype is torch.float64 else "*fp32"
     has_parameter = PENALTIES[penalty].parameter is not None
     parameters = {"parameters": "*fp32" if has_parameter else None, "parameter_stride": 1}

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.roofline``: how long the Triton kernels should take on GPUs, PREDICTED from their machine code.
+"""``python -m benchmarks.roofline``: how long the Triton kernels should take, PREDICTED from machine code.
 
 Nothing here is measured on a GPU. The kernels are compiled for the GPU's architecture, the instructions of the path
 that a full, aligned chunk takes are counted, and each resource's time is work over throughput; the slowest bounds the
@@ -135,7 +135,7 @@ def predict(gpu: Gpu, kernel: str, penalty: str, dtype: torch.dtype) -> Iterator
 def as_table(rows: list[Prediction]) -> str:
     """Each resource's time in shares of the memory's, which is what a kernel that only moved the bytes would take."""
     lines = [
-        "| GPU | kernel | penalty | dtype | exp | instructions | issue | MUFU | SHFL | L2 | bound by | time / memory time |",
+        "| GPU | kernel | penalty | dtype | exp | instructions | issue | MUFU | SHFL | L2 | bound by | of memory time |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

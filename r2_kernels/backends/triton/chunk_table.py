@@ -7,7 +7,6 @@ reassigned, storage may be freed and come back. Both checks run in C for a whole
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
@@ -66,7 +65,7 @@ class WeightTable:
 class DestinationTable:
     """Where the gradients of a list of weights are: ``addresses``, int64 (N,).
 
-    ``copied`` are the indices of the gradients that are not laid out as their weights: a table is made of copies that are.
+    ``copied`` are the indices of the gradients that are not laid out as their weights: a table is made of copies.
     """
 
     def __init__(self, gradients: Sequence[Tensor], strides: Sequence[tuple[tuple[int, int], ...]]) -> None:

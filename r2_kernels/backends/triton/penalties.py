@@ -138,7 +138,7 @@ def linf_gradient(w, constants, REGIME: tl.constexpr):
 
 @triton.jit
 def _margin_below(parameter, dtype: tl.constexpr):
-    """The largest number of w's precision that is not above |M|: an entry exceeds the one where it exceeds the other."""
+    """The largest number of w's precision that is not above |M|: entries exceed both or neither."""
     exact = tl.abs(parameter)
     rounded = exact.to(dtype)
     bits: tl.constexpr = tl.int64 if dtype == tl.float64 else tl.int32
@@ -368,7 +368,7 @@ def soft_min_max_convert(sums, parameter, length):
 
 @triton.jit
 def _shifted(moments, shift, temperature):
-    """Sums of u^k·exp(temperature·u) after every distance u has grown by ``shift``; those of nothing stay as they are."""
+    """Sums of u^k·exp(temperature·u) after every distance u has grown by ``shift``; those of nothing stay."""
     shift = tl.where(moments[0] == 0, 0.0, shift)
     return _scaled(_moved(moments, shift), tl.exp(temperature * shift), 1.0)
 
