@@ -2,14 +2,12 @@
 //
 // Written once for all C++ backends. A penalty is a struct of
 //
-//   Row         its statistics, doubles in the order of `statistics` in r2_kernels/penalties.py, with empty(), merge()
-//   and
-//               finalize(): the same numbers whichever way a segment was cut
+//   Row         its statistics, doubles in the order of `statistics` in r2_kernels/penalties.py; empty(), merge() and
+//               finalize() give the same numbers whichever way a segment was cut
 //   Sums<V>     what one lane adds up over a chunk: add() an entry, merge() another lane's; all of it is in `fields`
 //   Slope<V>    the gradient with respect to an entry, from a finished row
-//   reduce()    which sums make the row of a chunk, and apply(), which slope its gradient: a chunk is the skeleton's,
-//   with
-//               sum<Sums>(arguments of the constructor) and apply<Slope>(arguments of the constructor)
+//   reduce()    which sums make the row of a chunk, and apply(), which slope its gradient; the chunk is the skeleton's
+//               and offers sum<Sums>(...) and apply<Slope>(...), with the arguments of their constructors
 //
 // V is a scalar or a vector of float or double: the same text serves SIMD lanes, the tail of a chunk and a GPU thread.
 // Constructors are written out, since a defaulted one ignores the target pragma, and the inline namespace keeps the
@@ -205,8 +203,6 @@ struct LInf {
       }
     }
     Value finalize(double /*parameter*/) const { return {maximum, 0}; }
-    // Whether a chunk with this row may hold an entry with a gradient, in a segment with the other.
-    bool has_slope(const Row& segment) const { return !(maximum < segment.maximum); }
   };
 
   template <class V>
