@@ -2,18 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-triton bench bench-gpu lint build clean
+.PHONY: demo test bench bench-gpu lint build clean
 
 demo: build
 	$(BIN)/python -m benchmarks.demo $(ARGUMENTS)
 
+# One worker per core with one thread each; the tests of threads choose their own number.
 test: build
-	$(BIN)/python -m pytest tests
-	R2_KERNELS_INSTRUCTION_SET=portable $(BIN)/python -m pytest --quiet tests/test_properties.py --backend cpu
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_properties.py --backend triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet tests
+	OMP_NUM_THREADS=1 R2_KERNELS_INSTRUCTION_SET=portable \
+		$(BIN)/python -m pytest --numprocesses auto --quiet tests/test_properties.py --backend cpu
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
+		$(BIN)/python -m pytest --numprocesses auto --quiet tests/test_properties.py tests/test_triton.py --backend triton
 
 bench: build
 	$(BIN)/python -m benchmarks.run $(ARGUMENTS)
+
+bench-gpu: build
+	$(BIN)/python -m benchmarks.gpu $(ARGUMENTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -135,7 +135,7 @@ def predict(gpu: Gpu, kernel: str, penalty: str, dtype: torch.dtype) -> Iterator
 def as_table(rows: list[Prediction]) -> str:
     """Each resource's time in shares of the memory's, which is what a kernel that only moved the bytes would take."""
     lines = [
-        "| GPU | kernel | penalty | dtype | exp | instructions | issue | MUFU | SHFL | L2 | bound by | of memory time |",
+        "| GPU | kernel | penalty | dtype | exp | instructions | issue | MUFU | SHFL | L2 | bound by | time |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -7,7 +7,6 @@ fast: one tensor after the other, each formula as the paper states it (arXiv 230
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
 from typing import Any
 
 import torch
