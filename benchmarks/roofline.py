@@ -25,7 +25,7 @@ from r2_kernels.penalties import CHUNK_SIZE, PENALTIES
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published peak numbers; ``l2`` is what microbenchmarks reach, everything per second."""
+    """Published peak numbers; ``l2`` is assumed, as vendors do not publish it; everything per second."""
 
     name: str
     target: str

@@ -29,7 +29,7 @@ BUDGETS = {
     ("apply_", "soft_min_max"): 36.0,
 }
 
-# The one kernel that the compiler cannot fit into the registers of half a processor: two instructions a loop.
+# The one kernel that the compiler cannot fit into the registers of half a processor: two instructions.
 SPILLS = {("reduce", "soft_min_max", torch.float64, "sm_100"): 2}
 
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
