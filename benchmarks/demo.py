@@ -1,83 +1,77 @@
 """``make demo``: train a small network with and without range regularization, quantize it, show what that bought.
 
 On scikit-learn's digits a depthwise-separable network is trained plainly and with each of the three penalties. Each
-penalty's settings are chosen on a validation split by a small search with two seeds; then every network is
-quantized after training, per tensor, and tested at 8, 4, 3 and 2 bits. At the end the fused kernels are timed against
-the same formulas in eager PyTorch.
+penalty's settings are chosen on a validation split by a small search; then every network's weights are quantized after
+training, per tensor, and tested at 8, 4, 3 and 2 bits. At the end the fused kernels are timed against the same formulas
+in eager PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
+import math
 import statistics
+import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.rule import Rule
 from rich.table import Table
 
+from benchmarks.compression.picture import TITLES, draw, spread
 from benchmarks.compression.quantize import SCHEMES
-from benchmarks.compression.train import BITS, SHOWN_LAYER, Result, Settings, train
+from benchmarks.compression.search import Plan, Study, Trial
+from benchmarks.compression.train import BITS, Result
 from benchmarks.peers import eager, in_place
 from benchmarks.shapes import weights
 from r2_kernels.penalties import PENALTIES
 
-TITLES = {None: "plain", "linf": "L∞", "margin": "margin", "soft_min_max": "soft-min-max"}
-COLOURS = {None: "#5c677d", "linf": "#e09f3e", "margin": "#2a9d8f", "soft_min_max": "#9e2a2b"}
-
-# What the search tries. In so short a training M starts near where it shall end, and the temperature high.
-CANDIDATES = {
-    "linf": [Settings("linf", strength) for strength in (0.001, 0.003, 0.01, 0.03)],
-    "margin": [
-        Settings("margin", strength, start, 0.001)
-        for strength, start in ((0.003, 1.5), (0.01, 1.5), (0.03, 1.5), (0.01, 1.0))
-    ],
-    "soft_min_max": [
-        Settings("soft_min_max", strength, start, 1.0)
-        for strength, start in ((0.01, 30.0), (0.03, 30.0), (0.01, 100.0), (0.03, 100.0))
-    ],
-}
-SEARCH_SEEDS = 2
-STEPS = 700
+STEPS = 600
+QUICK_STEPS = 40
 TIMED_MODEL = "ResNet-18"
+TIMED_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one step's penalty and gradients, medians; ``read`` is ``torch.sum`` over the same bytes."""
+
+    penalty: str
+    fused: float
+    eager: float
+    read: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    console = Console()
+    console = Console(highlight=False)
     start = time.perf_counter()
-    penalties = list(PENALTIES) if "all" in options.penalty else list(dict.fromkeys(options.penalty))
-    candidates = {
-        penalty: _with_strength(CANDIDATES[penalty], options.strength)[: 1 if options.quick else None]
-        for penalty in penalties
-    }
+    steps = QUICK_STEPS if options.quick else STEPS
+    plan = Plan(options.penalty, options.strength, options.seeds, steps, has_search=not options.quick)
     console.print(
-        f"Training a small depthwise-separable network on scikit-learn's digits: plain, and with "
-        f"{', '.join(TITLES[penalty] for penalty in penalties)}; {options.seeds} seed(s)."
+        f"[bold]Range regularization (R²) on scikit-learn's digits[/bold]\n{len(plan)} trainings of {steps} steps: "
+        f"plain, and with {', '.join(TITLES[penalty] for penalty in options.penalty)}"
     )
-    chosen, results = _train_all(candidates, options.seeds, 40 if options.quick else STEPS, console)
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with _progress(console) as progress:
+            task = progress.add_task("training", total=len(plan))
+            study = plan.run(lambda: progress.advance(task))
+    except KeyboardInterrupt:
+        console.print("interrupted: nothing was written")
+        return 130
+    speeds = [_speed(penalty) for penalty in options.penalty]
     picture, numbers = options.output / "demo.png", options.output / "demo.json"
-    draw(results, picture)
-    numbers.write_text(json.dumps([result.as_json() for runs in results.values() for result in runs], indent=1))
-    console.print()
-    console.print(_accuracy_table(results))
-    for penalty, settings in chosen.items():
-        console.print(f"{TITLES[penalty]}: {settings}, the best of {len(candidates[penalty])} on the validation split")
-    console.print()
-    console.print(_speed_table(penalties))
-    console.print(
-        f"\nPicture in [bold]{picture}[/bold], numbers in [bold]{numbers}[/bold]; "
-        f"{time.perf_counter() - start:.0f} s in all.",
-        highlight=False,
-    )
+    draw(study.results, picture)
+    seconds = time.perf_counter() - start
+    numbers.write_text(json.dumps(_as_json(study, speeds, steps, seconds), indent=1) + "\n")
+    _show(console, study, speeds)
+    console.print(f"Picture  [bold]{picture}[/bold]\nNumbers  [bold]{numbers}[/bold]\n{seconds:.0f} s in all")
     return 0
 
 
@@ -91,162 +85,165 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=[*PENALTIES, "all"],
         help="train with this penalty beside the plain network (repeatable; default: all)",
     )
-    parser.add_argument("--strength", type=float, help="use this strength instead of searching for one")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help="use this strength, and search for the start of M and of the temperature only (default: search for both)",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default: 3)")
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), help="folder for picture and numbers (default: demo-output)"
     )
-    parser.add_argument("--quick", action="store_true", help="40 steps and no search: only to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_STEPS} steps and no search: only to see that it runs"
+    )
     options = parser.parse_args(arguments)
-    options.penalty = options.penalty or ["all"]
+    given = options.penalty or ["all"]
+    options.penalty = list(PENALTIES) if "all" in given else list(dict.fromkeys(given))
     if options.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {options.seeds}")
-    if options.strength is not None and not options.strength > 0:
+    if options.strength is not None and not (options.strength > 0 and math.isfinite(options.strength)):
         parser.error(f"--strength: expected a positive number, got {options.strength}")
-    if options.output.exists() and not options.output.is_dir():
-        parser.error(f"--output: expected a folder, got the file {options.output}")
+    try:  # Now, not after minutes of training.
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: expected a folder to write to, got {options.output} ({error.strerror})")
     return options
-
-
-def _with_strength(candidates: list[Settings], strength: float | None) -> list[Settings]:
-    if strength is None:
-        return candidates
-    given = [Settings(c.penalty, strength, c.start, c.learning_rate) for c in candidates]
-    return list(dict.fromkeys(given))
-
-
-def _train_all(
-    candidates: dict[str, list[Settings]], seeds: int, steps: int, console: Console
-) -> tuple[dict[str, Settings], dict[str | None, list[Result]]]:
-    """The settings that did best on the validation split, and for each kind of training one result per seed."""
-    first = [Settings(), *(settings for choices in candidates.values() for settings in choices)]
-    search_seeds = min(SEARCH_SEEDS, seeds)
-    total = search_seeds * len(first) + (seeds - search_seeds) * (1 + len(candidates))
-    workers = min(os.cpu_count() or 1, 8, total)
-    with (
-        _progress(console) as progress,
-        ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
-    ):
-        task = progress.add_task("trainings", total=total)
-
-        def run(jobs: list[tuple[Settings, int]]) -> dict[tuple[Settings, int], Result]:
-            futures = {pool.submit(train, settings, seed, steps): (settings, seed) for settings, seed in jobs}
-            for _ in as_completed(futures):
-                progress.advance(task)
-            return {job: future.result() for future, job in futures.items()}
-
-        done = run([(settings, seed) for settings in first for seed in range(search_seeds)])
-        chosen = {
-            penalty: max(choices, key=lambda settings: sum(done[settings, k].score() for k in range(search_seeds)))
-            for penalty, choices in candidates.items()
-        }
-        kinds: dict[str | None, Settings] = {None: Settings(), **chosen}
-        done |= run([(settings, seed) for settings in kinds.values() for seed in range(search_seeds, seeds)])
-    return chosen, {kind: [done[settings, seed] for seed in range(seeds)] for kind, settings in kinds.items()}
 
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
     )
 
 
-def _accuracy_table(results: dict[str | None, list[Result]]) -> Table:
-    seeds = len(next(iter(results.values())))
-    table = Table(title=f"Test accuracy in % after per-tensor weight quantization, mean ± deviation of {seeds} seed(s)")
-    table.add_column("bits")
-    for kind in results:
-        table.add_column(TITLES[kind], justify="right")
-    keys = ["float", *((scheme, bits) for scheme in SCHEMES for bits in BITS)]
-    for key in keys:
-        means = {kind: statistics.mean(run.test[key] for run in runs) for kind, runs in results.items()}
-        cells = []
-        for kind, runs in results.items():
-            spread = statistics.stdev(run.test[key] for run in runs) if seeds > 1 else 0.0
-            text = f"{means[kind]:.1f} ± {spread:.1f}"
-            is_best = key != "float" and means[kind] == max(means.values())
-            cells.append(f"[bold]{text}[/bold]" if is_best else text)
-        name = "32, floating" if key == "float" else f"{key[1]}, {key[0]}"
-        table.add_row(name, *cells, end_section=key == "float" or key[1] == BITS[-1])
-    return table
-
-
-def _speed_table(penalties: Sequence[str]) -> Table:
-    """A step's penalty and gradients on the shapes of a real model: the fused kernels, and eager PyTorch."""
+def _speed(penalty: str) -> Speed:
+    """On the shapes of a real model, with PyTorch's default number of threads; what is compared takes turns."""
     tensors = weights(TIMED_MODEL)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    table = Table(
-        title=f"A step's penalty and gradients for {TIMED_MODEL}, {flat.numel() / 1e6:.1f} M weights in "
-        f"{len(tensors)} tensors, {torch.get_num_threads()} thread(s)"
+    works: list[Callable[[], object]] = [in_place(penalty, tensors), eager(penalty, tensors), flat.sum]
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(TIMED_ROUNDS + 1):
+        for work, taken in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+    return Speed(penalty, *(statistics.median(taken[1:]) for taken in times))  # The first round warms up.
+
+
+def _show(console: Console, study: Study, speeds: Sequence[Speed]) -> None:
+    """The final screen."""
+    console.print()
+    console.print(Rule("1. Settings, chosen on the validation split", align="left"))
+    console.print(
+        "Each penalty was tried at these settings; the best mean validation accuracy\n"
+        "over 4, 3 and 2 bits, symmetric and asymmetric, decided. The test set took no part."
     )
-    for title in ("", "fused", "eager PyTorch", "ratio", "fused, in reads of the weights"):
-        table.add_column(title, justify="right" if title else "left")
-    floor = _median_time(flat.sum, 20)
-    for penalty in penalties:
-        fused = _median_time(in_place(penalty, tensors), 20)
-        slow = _median_time(eager(penalty, tensors), 3)
+    console.print(_trial_table(study.trials))
+    console.print()
+    console.print(Rule("2. Accuracy on the test set after quantization", align="left"))
+    console.print(
+        "Weights of all convolutions and linear layers, quantized per tensor after\n"
+        f"training; in %, {_of_seeds(study.results)}. Bold: the best of the row."
+    )
+    console.print(_accuracy_table(study.results))
+    for scheme in SCHEMES:
+        console.print(_verdict(study.results, scheme))
+    console.print()
+    console.print(Rule("3. What it costs", align="left"))
+    count = sum(tensor.numel() for tensor in weights(TIMED_MODEL)) / 1e6
+    console.print(
+        f"Penalty and gradients of one step for {TIMED_MODEL} ({count:.1f} M weights, {torch.get_num_threads()} threads);\n"
+        "in brackets, as a multiple of torch.sum over the same bytes: reading them once."
+    )
+    console.print(_speed_table(speeds))
+    console.print()
+
+
+def _of_seeds(results: Mapping[str | None, Sequence[Result]]) -> str:
+    seeds = len(next(iter(results.values())))
+    return f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+
+
+def _trial_table(trials: Sequence[Trial]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title, side in (("penalty", "left"), ("settings", "left"), ("validation, %", "right"), ("", "left")):
+        table.add_column(title, justify="right" if side == "right" else "left")
+    for trial in trials:
+        is_marked = trial.is_chosen and trial.settings.penalty is not None
         table.add_row(
-            TITLES[penalty],
-            f"{fused * 1e3:.1f} ms",
-            f"{slow * 1e3:.0f} ms",
-            f"{slow / fused:.0f} ×",
-            f"{fused / floor:.1f}",
+            TITLES[trial.settings.penalty],
+            str(trial.settings),
+            f"{trial.score:.1f}",
+            "← chosen" if is_marked else "",
+            style="bold" if is_marked else None,
         )
     return table
 
 
-def _median_time(work: object, rounds: int) -> float:
-    assert callable(work)
-    work()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def _accuracy_table(results: Mapping[str | None, Sequence[Result]]) -> Table:
+    table = Table()
+    table.add_column("weights")
+    for kind in results:
+        table.add_column(TITLES[kind], justify="right")
+    for key in ("float", *((scheme, bits) for scheme in SCHEMES for bits in BITS)):
+        accuracies = {kind: [run.test[key] for run in runs] for kind, runs in results.items()}
+        means = {kind: round(statistics.mean(values), 1) for kind, values in accuracies.items()}
+        cells = []
+        for kind, values in accuracies.items():
+            text = f"{means[kind]:.1f}" + (f" ± {spread(values):.1f}" if len(values) > 1 else "")
+            cells.append(f"[bold]{text}[/bold]" if means[kind] == max(means.values()) else text)
+        name = "float32" if key == "float" else f"{key[1]} bit, {key[0]}"
+        table.add_row(name, *cells, end_section=key == "float" or key[1] == BITS[-1])
+    return table
 
 
-def draw(results: dict[str | None, list[Result]], path: Path) -> None:
-    """Above, a layer's weights with and without regularization; below, accuracy against bits, one panel a scheme."""
-    import matplotlib
+def _verdict(results: Mapping[str | None, Sequence[Result]], scheme: str) -> str:
+    """The row of the fewest bits in words, whichever way it went."""
+    bits = BITS[-1]
+    means = {kind: statistics.mean(run.test[scheme, bits] for run in runs) for kind, runs in results.items()}
+    best = max((kind for kind in means if kind is not None), key=means.__getitem__)
+    return (
+        f"{bits} bit, {scheme}: {means[None]:.1f} % when trained plainly, "
+        f"{means[best]:.1f} % with {TITLES[best]}, the best penalty here."
+    )
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(11, 6.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(0.8, 1))
-    reach = max(result[0].weights.abs().max().item() for result in results.values())
-    for axes, (kind, runs) in zip(
-        above.subplots(1, len(results), sharex=True, sharey=True), results.items(), strict=True
-    ):
-        shown = runs[0].weights
-        axes.hist(shown.numpy(), bins=81, range=(-reach, reach), color=COLOURS[kind], log=True)
-        ratio = shown.abs().max() / shown.std()
-        axes.set_title(f"{TITLES[kind]}   max/std {ratio:.1f}", fontsize=10, color=COLOURS[kind])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    above.supxlabel(f"weights of the last 1 × 1 convolution, {SHOWN_LAYER}", fontsize=9)
-    above.supylabel("how many", fontsize=9)
-    panels = below.subplots(1, len(SCHEMES), sharey=True)
-    for axes, scheme in zip(panels, SCHEMES, strict=True):
-        for kind, runs in results.items():
-            means = [statistics.mean(run.test[scheme, bits] for run in runs) for bits in BITS]
-            low = [min(run.test[scheme, bits] for run in runs) for bits in BITS]
-            high = [max(run.test[scheme, bits] for run in runs) for bits in BITS]
-            positions = range(len(BITS))
-            axes.plot(positions, means, marker="o", markersize=4, color=COLOURS[kind], label=TITLES[kind])
-            axes.fill_between(positions, low, high, color=COLOURS[kind], alpha=0.15, linewidth=0)
-        axes.set_xticks(range(len(BITS)), [f"{bits} bit" for bits in BITS])
-        axes.set_title(f"{scheme}, per tensor", fontsize=10)
-        axes.set_ylim(0, 102)
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test accuracy, %")
-    panels[0].legend(frameon=False, fontsize=9, loc="lower left")
-    figure.savefig(path, dpi=130)
+def _speed_table(speeds: Sequence[Speed]) -> Table:
+    table = Table()
+    table.add_column("penalty")
+    for title in ("add_gradients_, fused", "eager PyTorch", "fused is faster by"):
+        table.add_column(title, justify="right")
+    for speed in speeds:
+        table.add_row(
+            TITLES[speed.penalty],
+            f"{speed.fused * 1e3:.2f} ms ({speed.fused / speed.read:.1f})",
+            f"{speed.eager * 1e3:.0f} ms ({speed.eager / speed.read:.0f})",
+            f"[bold]{speed.eager / speed.fused:.0f} ×[/bold]",
+        )
+    return table
+
+
+def _as_json(study: Study, speeds: Sequence[Speed], steps: int, seconds: float) -> dict[str, object]:
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+        "seconds": seconds,
+        "search": [
+            {**asdict(trial.settings), "validation": trial.score, "is_chosen": trial.is_chosen}
+            for trial in study.trials
+        ],
+        "runs": [run.as_json() for runs in study.results.values() for run in runs],
+        "speed": {"model": TIMED_MODEL, "seconds": [asdict(speed) for speed in speeds]},
+    }
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -37,11 +37,11 @@ class Settings:
     def __str__(self) -> str:
         if self.penalty is None:
             return "–"
-        parts = [f"strength {self.strength:g}"]
-        if self.start is not None:
-            name = {"soft_min_max": "temperature from {:g}", "margin": "M from {:g} std"}[self.penalty]
-            parts += [name.format(self.start), f"learning rate {self.learning_rate:g}"]
-        return ", ".join(parts)
+        strength = f"strength {self.strength:g}"
+        if self.start is None:
+            return strength
+        name = {"soft_min_max": "temperature from {:g}", "margin": "M from {:g} std"}[self.penalty]
+        return f"{strength}, {name.format(self.start)} (rate {self.learning_rate:g})"
 
 
 @dataclass

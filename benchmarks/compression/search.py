@@ -1,0 +1,136 @@
+"""Which settings suit each penalty: a small search by validation accuracy, its trainings spread over the cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.compression.train import Result, Settings, train
+
+# In so short a training M must start near where it shall end, and the temperature high.
+CANDIDATES = {
+    "linf": [Settings("linf", strength) for strength in (0.003, 0.01, 0.03, 0.1)],
+    "margin": [
+        Settings("margin", strength, start, 0.001)
+        for strength, start in ((0.003, 1.5), (0.01, 1.5), (0.03, 1.5), (0.01, 1.0))
+    ],
+    "soft_min_max": [
+        Settings("soft_min_max", strength, start, 1.0)
+        for strength, start in ((0.01, 30.0), (0.03, 30.0), (0.01, 100.0), (0.03, 100.0))
+    ],
+}
+# Of the seeds that are reported, how many each candidate is trained with.
+SEARCH_SEEDS = 2
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate of the search: its score is the mean over the search's seeds of ``Result.score()``."""
+
+    settings: Settings
+    score: float
+    is_chosen: bool
+
+
+@dataclass(frozen=True)
+class Study:
+    """All trials, and one result per seed for plain training (key None) and for each penalty at its chosen settings."""
+
+    trials: list[Trial]
+    results: dict[str | None, list[Result]]
+
+
+class Plan:
+    """Which trainings a study takes.
+
+    Args:
+        penalties: names, each a key of ``CANDIDATES``.
+        strength: where given, the search is over the start of M and of the temperature only.
+        seeds: how many trainings of each kind are reported.
+        steps: the length of each training.
+        has_search: False trains each penalty with its first candidate.
+    """
+
+    def __init__(
+        self, penalties: Sequence[str], strength: float | None, seeds: int, steps: int, has_search: bool = True
+    ) -> None:
+        self.seeds, self.steps = seeds, steps
+        self.candidates: dict[str, list[Settings]] = {}
+        for penalty in penalties:
+            tried = CANDIDATES[penalty][: None if has_search else 1]
+            if strength is not None:
+                tried = list(dict.fromkeys(replace(settings, strength=strength) for settings in tried))
+            self.candidates[penalty] = tried
+        self._search_seeds = range(min(SEARCH_SEEDS, seeds))
+        self._later_seeds = range(len(self._search_seeds), seeds)
+        # Plain training has nothing to choose: all of it runs beside the search.
+        self._first = [(Settings(), seed) for seed in range(seeds)] + [
+            (settings, seed)
+            for choices in self.candidates.values()
+            for settings in choices
+            for seed in self._search_seeds
+        ]
+
+    def __len__(self) -> int:
+        """The number of trainings."""
+        return len(self._first) + len(self._later_seeds) * len(self.candidates)
+
+    def run(self, on_done: Callable[[], Any]) -> Study:
+        """Train everything, in as many processes as there are cores; ``on_done`` is called after each training."""
+        workers = min(_cores(), MOST_WORKERS, len(self))
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+            try:
+                done = self._train(pool, self._first, on_done)
+                scores = {
+                    settings: statistics.mean(done[settings, seed].score() for seed in self._search_seeds)
+                    for settings, _ in self._first
+                }
+                chosen = {penalty: max(tried, key=scores.__getitem__) for penalty, tried in self.candidates.items()}
+                rest = [(settings, seed) for settings in chosen.values() for seed in self._later_seeds]
+                done |= self._train(pool, rest, on_done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # Else leaving the block would finish every training.
+                raise
+        kinds: dict[str | None, Settings] = {None: Settings(), **chosen}
+        return Study(
+            [Trial(settings, score, settings in kinds.values()) for settings, score in scores.items()],
+            {kind: [done[settings, seed] for seed in range(self.seeds)] for kind, settings in kinds.items()},
+        )
+
+    def _train(
+        self, pool: ProcessPoolExecutor, jobs: Iterable[tuple[Settings, int]], on_done: Callable[[], Any]
+    ) -> dict[tuple[Settings, int], Result]:
+        futures = {pool.submit(train, settings, seed, self.steps): (settings, seed) for settings, seed in jobs}
+        done = {}
+        for future in as_completed(futures):
+            done[futures[future]] = future.result()
+            on_done()
+        return done
+
+
+def _start_worker() -> None:
+    """One thread each; and a worker ends with its parent, however that ends: else it would wait for work for ever."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _cores() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
