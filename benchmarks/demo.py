@@ -159,7 +159,8 @@ def _show(console: Console, study: Study, speeds: Sequence[Speed]) -> None:
     console.print(Rule("3. What it costs", align="left"))
     count = sum(tensor.numel() for tensor in weights(TIMED_MODEL)) / 1e6
     console.print(
-        f"Penalty and gradients of one step for {TIMED_MODEL} ({count:.1f} M weights, {torch.get_num_threads()} threads);\n"
+        f"Penalty and gradients of one step for {TIMED_MODEL}, {count:.1f} M weights, "
+        f"{torch.get_num_threads()} thread(s);\n"
         "in brackets, as a multiple of torch.sum over the same bytes: reading them once."
     )
     console.print(_speed_table(speeds))

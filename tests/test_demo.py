@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import demo
+from benchmarks.compression import search
 from benchmarks.compression.data import digits
 from benchmarks.compression.models import SmallMobileNet
 from benchmarks.compression.quantize import SCHEMES, quantize, quantized
+from benchmarks.compression.train import Result, Settings, fit
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -20,11 +23,14 @@ from benchmarks.compression.quantize import SCHEMES, quantize, quantized
 def test_quantized_weights_have_the_levels_of_their_scheme(bits: int, scheme: str) -> None:
     weight = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     levels = quantize(weight, bits, scheme)
-    expected = 2**bits - 1 if scheme == "symmetric" else 2**bits
-    assert len(levels.unique()) <= expected
-    step = levels.unique().diff().min()
-    assert (levels - weight).abs().max() <= step / 2 * (1 + 1e-3) + (0 if scheme == "symmetric" else step / 2)
-    assert 0 in levels or bits == 2
+    reach = weight.abs().max() if scheme == "symmetric" else (weight.max() - weight.min()) / 2
+    count = 2**bits - 1 if scheme == "symmetric" else 2**bits
+    step = 2 * reach / (count - 1)
+    assert len(levels.unique()) <= count
+    torch.testing.assert_close(levels, (levels / step).round() * step)
+    # The zero point is a whole number, so that an asymmetric range may be off by up to half a step at one end.
+    assert (levels - weight).abs().max() <= step * (0.5 if scheme == "symmetric" else 1.0) * 1.001
+    assert 0 in levels
 
 
 def test_quantization_refuses_an_unknown_scheme() -> None:
@@ -51,15 +57,64 @@ def test_digits_are_split_without_overlap() -> None:
         assert overlap == 0
 
 
+def test_the_search_decides_by_validation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings are replaced by results where validation and test disagree about what is best."""
+
+    def trained(settings: Settings, seed: int, steps: int) -> Result:
+        keys = [(scheme, bits) for scheme in SCHEMES for bits in (8, 4, 3, 2)]
+        result = Result(settings, seed, weights=torch.ones(1))
+        result.validation = dict.fromkeys(keys, 50.0 + settings.strength)
+        result.test = dict.fromkeys(keys, 50.0 - settings.strength)
+        return result
+
+    monkeypatch.setattr(search, "train", trained)
+    monkeypatch.setattr(search, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(2))
+    plan = search.Plan(["linf"], None, seeds=3, steps=1)
+    calls: list[None] = []
+    study = plan.run(lambda: calls.append(None))
+    assert len(calls) == len(plan)
+    strongest = max(search.CANDIDATES["linf"], key=lambda settings: settings.strength)
+    assert [trial.settings for trial in study.trials if trial.is_chosen] == [Settings(), strongest]
+    assert [[run.seed for run in runs] for runs in study.results.values()] == [[0, 1, 2]] * 2
+    assert all(run.settings == strongest for run in study.results["linf"])
+
+
+def test_a_given_strength_leaves_the_starts_to_search() -> None:
+    plan = search.Plan(["linf", "soft_min_max"], 0.25, seeds=1, steps=1)
+    assert plan.candidates["linf"] == [Settings("linf", 0.25)]
+    tried = plan.candidates["soft_min_max"]
+    assert {settings.strength for settings in tried} == {0.25}
+    assert len({settings.start for settings in tried}) == len(tried) > 1
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_training_repeats_and_regularizes() -> None:
+    torch.set_num_threads(1)
+    data = digits().train
+
+    def parameters(settings: Settings) -> list[Tensor]:
+        return list(fit(settings, 0, 2, data).parameters())
+
+    plain = parameters(Settings())
+    assert all(map(torch.equal, plain, parameters(Settings())))
+    for candidates in search.CANDIDATES.values():
+        regularized = parameters(candidates[0])
+        assert not any(map(torch.equal, plain, regularized))
+
+
+@pytest.mark.usefixtures("restored_threads")
 def test_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(1)
     assert demo.main(["--quick", "--seeds", "1", "--penalty", "linf", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "L∞" in shown
     assert "asymmetric" in shown
     assert (tmp_path / "demo.png").stat().st_size > 10_000
-    runs = json.loads((tmp_path / "demo.json").read_text())
-    assert [run["settings"]["penalty"] for run in runs] == [None, "linf"]
-    assert all(0 <= value <= 100 for run in runs for value in run["test"].values())
+    numbers = json.loads((tmp_path / "demo.json").read_text())
+    assert [run["settings"]["penalty"] for run in numbers["runs"]] == [None, "linf"]
+    assert all(0 <= value <= 100 for run in numbers["runs"] for value in run["test"].values())
+    (speed,) = numbers["speed"]["seconds"]
+    assert f"{speed['eager'] / speed['fused']:.0f} ×" in shown
 
 
 @pytest.mark.parametrize(
@@ -67,6 +122,7 @@ def test_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--seeds", "0"], "--seeds: expected at least 1"),
         (["--strength", "-1"], "--strength: expected a positive number"),
+        (["--strength", "nan"], "--strength: expected a positive number"),
         (["--penalty", "l7"], "--penalty"),
         (["--output", __file__], "--output: expected a folder"),
     ],

@@ -74,10 +74,20 @@ class Result:
 
 
 def train(settings: Settings, seed: int, steps: int) -> Result:
-    """Train with Nesterov momentum and a cosine schedule in batches of 64, then measure at every number of bits."""
-    torch.manual_seed(seed)
+    """Train a network, then measure it at every number of bits."""
     data = digits()
-    model = SmallMobileNet()
+    model = fit(settings, seed, steps, data.train)
+    result = Result(settings, seed, weights=model.get_submodule(SHOWN_LAYER).weight.detach().flatten())
+    models = {"float": model} | {(scheme, bits): quantized(model, bits, scheme) for scheme in SCHEMES for bits in BITS}
+    for split, accuracies in ((data.validation, result.validation), (data.test, result.test)):
+        accuracies.update({key: accuracy(measured, split) for key, measured in models.items()})
+    return result
+
+
+def fit(settings: Settings, seed: int, steps: int, data: Split) -> SmallMobileNet:
+    """The network after ``steps`` batches of 64, with Nesterov momentum and a cosine schedule; in evaluation mode."""
+    torch.manual_seed(seed)
+    model = SmallMobileNet().to(memory_format=torch.channels_last)  # Its steps take 0.6 of the time.
     regularizer = settings.regularizer(model)
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "weight_decay": 5e-4}]
     if regularizer is not None and settings.learning_rate is not None:
@@ -85,21 +95,14 @@ def train(settings: Settings, seed: int, steps: int) -> Result:
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        batch = torch.randint(len(data.train.labels), (64,))
+        batch = torch.randint(len(data.labels), (64,))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(data.train.images[batch]), data.train.labels[batch]).backward()
+        nn.functional.cross_entropy(model(data.images[batch]), data.labels[batch]).backward()
         if regularizer is not None:
             regularizer.add_gradients_()
         optimizer.step()
         schedule.step()
-    model.eval()
-    result = Result(settings, seed, weights=model.get_submodule(SHOWN_LAYER).weight.detach().flatten())
-    for split, accuracies in ((data.validation, result.validation), (data.test, result.test)):
-        accuracies["float"] = accuracy(model, split)
-        for scheme in SCHEMES:
-            for bits in BITS:
-                accuracies[scheme, bits] = accuracy(quantized(model, bits, scheme), split)
-    return result
+    return model.eval()
 
 
 @torch.no_grad()
