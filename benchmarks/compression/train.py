@@ -34,15 +34,6 @@ class Settings:
         start = {} if parameter is None else {parameter: self.start}
         return RangeRegularizer(model, self.penalty, strength=self.strength, **start)
 
-    def __str__(self) -> str:
-        if self.penalty is None:
-            return "–"
-        strength = f"strength {self.strength:g}"
-        if self.start is None:
-            return strength
-        name = {"soft_min_max": "temperature from {:g}", "margin": "M from {:g} std"}[self.penalty]
-        return f"{strength}, {name.format(self.start)} (rate {self.learning_rate:g})"
-
 
 @dataclass
 class Result:
