@@ -156,10 +156,10 @@ def _show(console: Console, study: Study, speeds: Sequence[Speed]) -> None:
     console.print(_accuracy_table(study.results))
     for scheme in SCHEMES:
         console.print(_verdict(study.results, scheme))
-    if "linf" in study.results:
+    if _has_lost(study.results, "linf", "asymmetric"):
         console.print(
             "L∞ makes ranges symmetric. Asymmetric levels are even in number with zero among\n"
-            "them, so they miss one end of such a range: at few bits this costs L∞ dearly."
+            "them, so they miss one end of such a range: L∞ is for symmetric quantizers."
         )
     console.print()
     console.print(Rule("3. What it costs", align="left"))
@@ -223,6 +223,16 @@ def _verdict(results: Mapping[str | None, Sequence[Result]], scheme: str) -> str
     means = {kind: statistics.mean(run.test[scheme, bits] for run in runs) for kind, runs in results.items()}
     best = max((kind for kind in means if kind is not None), key=means.__getitem__)
     return f"{bits} bit, {scheme}: {means[None]:.1f} % after plain training, {means[best]:.1f} % with {TITLES[best]}."
+
+
+def _has_lost(results: Mapping[str | None, Sequence[Result]], penalty: str, scheme: str) -> bool:
+    """Whether the penalty did worse than plain training at the fewest bits."""
+    if penalty not in results:
+        return False
+    plain, regularized = (
+        statistics.mean(run.test[scheme, BITS[-1]] for run in results[kind]) for kind in (None, penalty)
+    )
+    return regularized < plain
 
 
 def _speed_table(speeds: Sequence[Speed]) -> Table:

@@ -45,12 +45,12 @@ def _draw_histograms(figure: Figure, results: Mapping[str | None, Sequence[Resul
         axes.set_title(TITLES[kind], fontsize=11, color=COLOURS[kind], fontweight="bold")
         ratio = weights.abs().max() / weights.std()
         axes.set_xlabel(f"weight (range dashed)\nmax |w| = {ratio:.1f} std", fontsize=9)
-        axes.set_ylim(0.7, None)
         axes.yaxis.set_major_locator(LogLocator(10))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:g}"))
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
+    panels[0].set_ylim(bottom=0.7)
     panels[0].set_ylabel("weights per bin", fontsize=10)
 
 
