@@ -88,7 +88,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--strength",
         type=float,
-        help="use this strength, and search for the start of M and of the temperature only (default: search for both)",
+        help="use this strength, and search for the start and learning rate of M or the temperature only",
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default: 3)")
     parser.add_argument(

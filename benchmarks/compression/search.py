@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import statistics
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from benchmarks.compression.train import Result, Settings, train
 
 # In so short a training M must start near where it shall end, and the temperature high.
 CANDIDATES = {
-    "linf": [Settings("linf", strength) for strength in (0.01, 0.03, 0.1, 0.3)],
+    "linf": [Settings("linf", strength) for strength in (0.01, 0.1, 0.3, 1.0)],
     "margin": [
         Settings("margin", 0.001, 1.5, 1e-3),
         Settings("margin", 0.003, 1.5, 1e-4),
@@ -105,7 +106,10 @@ class Plan:
                 rest = [(settings, seed) for settings in chosen.values() for seed in self._later_seeds]
                 done |= self._train(pool, rest, on_done)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # Else leaving the block would finish every training.
+                # Else leaving the block would first finish what is being trained and what waits.
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
                 raise
         kinds: dict[str | None, Settings] = {None: Settings(), **chosen}
         return Study(
@@ -126,6 +130,7 @@ class Plan:
 
 def _start_worker() -> None:
     """One thread each; and a worker ends with its parent, however that ends: else it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent alone acts on it.
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
