@@ -108,17 +108,17 @@ class Chunk {
     for (; i < size_; ++i) put(scalar_slope(static_cast<Scalar>(weight_[i])), i);
   }
 
-  // Both in one pass, for slopes that need no statistics. Gradients are touched only where the slope is nonzero, a
-  // block of entries later: where that is is noted without a branch, which would be mispredicted, and the memory is
+  // Both in one pass, for slopes that need no statistics. Gradients are touched only where the slope is nonzero, kLag
+  // blocks of entries later: where that is is noted without a branch, which would be mispredicted, and the memory is
   // asked for in time.
   template <template <class> class Sums, template <class> class Slope>
   Sums<double> sum_and_apply(double parameter, double coefficient) const {
     const Slope<Vector> slope(parameter, coefficient);
     const Sums<Vector> zero(parameter);
     Sums<Vector> sums = zero;
-    Touched touched[2];
+    Touched touched[kLag];
     int64_t i = 0;
-    for (int turn = 0; i + kWidth <= size_; turn = 1 - turn) {
+    for (int turn = 0; i + kWidth <= size_; turn = (turn + 1) % kLag) {
       const int64_t stop = i + kBlock < size_ ? i + kBlock : size_;
       Sums<Vector> block = zero;
       Touched& now = touched[turn];
@@ -131,8 +131,9 @@ class Chunk {
       }
       sums.merge(block);
       for (int64_t k = 0; k < now.count; ++k) __builtin_prefetch(gradient_ + now.entries[k], 1);
-      apply_where(touched[1 - turn], slope);
-      touched[1 - turn].count = 0;
+      Touched& oldest = touched[(turn + 1) % kLag];
+      apply_where(oldest, slope);
+      oldest.count = 0;
     }
     for (const Touched& last : touched) apply_where(last, slope);
     Sums<double> total = fold(Sums<double>(parameter), sums);
@@ -152,6 +153,9 @@ class Chunk {
   // Entries added up in one go before they join the total: few enough that float32 sums of positive numbers stay
   // within a few units of the last place.
   static constexpr int64_t kBlock = 1024;
+
+  // Blocks between asking for memory and using it: longer than it takes to come.
+  static constexpr int kLag = 4;
 
   // The vectors of a block in which some slope is nonzero, by their first entry.
   struct Touched {
