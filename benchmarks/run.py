@@ -92,8 +92,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         cases = [row for row in rows if row["penalty"] == penalty]
         start = position
         for row in cases:
-            label = row["peer"] if position == start or penalty == "linf" else None
-            axes.barh(position, row["ratio"], color=colours[row["peer"]], label=label if penalty == "linf" else None)
+            label = row["peer"] if penalty == "linf" else None
+            axes.barh(position, row["ratio"], color=colours[row["peer"]], label=label)
             axes.text(row["ratio"] * 1.05, position, f"{row['ratio']:.1f}", va="center", fontsize=8)
             position += 1
         ticks.append(((start + position - 1) / 2, TITLES[penalty]))
@@ -106,7 +106,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlim(0.8, max(row["ratio"] for row in rows) * 2)
     axes.set_xlabel(f"time of a step's penalty, value and gradients, in reads of the weights ({model})")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    axes.legend(loc="upper right", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
 
 
