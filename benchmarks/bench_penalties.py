@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, has_penalty
 from benchmarks.shapes import MODELS, weights
 from r2_kernels.penalties import PENALTIES
 
@@ -22,7 +22,7 @@ CASES = [
     for model in MODELS
     for penalty in PENALTIES
     for peer in PEERS
-    if peer not in TOO_MUCH.get(model, ()) and (penalty == "linf" or not peer.startswith("_foreach"))
+    if peer not in TOO_MUCH.get(model, ()) and has_penalty(peer, penalty)
 ]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, has_penalty, parameter
 from benchmarks.shapes import MODELS, weights
 from r2_kernels.penalties import PENALTIES
 
@@ -60,9 +60,8 @@ def measured(model: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             yield {"penalty": penalty, "what": name} | _timed(work, STREAMS[name] * size)
         with torch.device("cuda"):  # where the peers make their M or temperature
             for name, peer in PEERS.items():
-                if name.startswith("torch._foreach") and penalty != "linf":
-                    continue
-                yield {"penalty": penalty, "what": name} | _timed(peer(penalty, tensors), 4 * size)
+                if has_penalty(name, penalty):
+                    yield {"penalty": penalty, "what": name} | _timed(peer(penalty, tensors), 4 * size)
 
 
 def operators_of(penalty: str, tensors: list[Tensor]) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -70,13 +69,12 @@ def operators_of(penalty: str, tensors: list[Tensor]) -> Iterator[tuple[str, Cal
     from r2_kernels.backends import triton
 
     count = len(tensors)
-    start = {"linf": None, "margin": 2.576 * 0.02, "soft_min_max": 0.1}[penalty]
-    parameter = None if start is None else torch.full((count,), start, device="cuda")
+    scalars = next((scalar.detach().cuda() for scalar in parameter(penalty, count)), None)
     coefficients = torch.full((count,), 0.01, device="cuda")
     gradients = [torch.zeros_like(tensor) for tensor in tensors]
-    _, _, statistics_, partials = triton.reduce(penalty, tensors, parameter)
-    shared = (penalty, tensors, parameter, statistics_, partials, coefficients)
-    yield "reduce", lambda: triton.reduce(penalty, tensors, parameter)
+    _, _, statistics_, partials = triton.reduce(penalty, tensors, scalars)
+    shared = (penalty, tensors, scalars, statistics_, partials, coefficients)
+    yield "reduce", lambda: triton.reduce(penalty, tensors, scalars)
     yield "apply", lambda: triton.apply(*shared)
     yield "apply_", lambda: triton.apply_(*shared, gradients)
 

@@ -79,3 +79,8 @@ PEERS: dict[str, Callable[[str, Sequence[Tensor]], Callable[[], object]]] = {
     "eager PyTorch": eager,
     "_foreach_norm, value only": foreach_norm,
 }
+
+
+def has_penalty(peer: str, penalty: str) -> bool:
+    """Whether the peer computes the penalty: of torch's foreach functions there is one for L∞ alone."""
+    return penalty == "linf" or PEERS[peer] is not foreach_norm

@@ -324,13 +324,12 @@ struct SoftMinMax {
         : fields{broadcast<V>(-std::numeric_limits<double>::infinity()),
                  broadcast<V>(std::numeric_limits<double>::infinity())} {}
 
-    R2_INLINE void add(V w) { merge(w, w); }
-    R2_INLINE void merge(const Extent& other) { merge(other.fields[0], other.fields[1]); }
+    R2_INLINE void add(V w) { include(fields, w, w); }
+    R2_INLINE void merge(const Extent& other) { include(fields, other.fields[0], other.fields[1]); }
 
-   private:
-    R2_INLINE void merge(V maximum, V minimum) {
-      fields[0] = select(maximum > fields[0], maximum, fields[0]);
-      fields[1] = select(minimum < fields[1], minimum, fields[1]);
+    static R2_INLINE void include(V* extent, V maximum, V minimum) {
+      extent[0] = select(maximum > extent[0], maximum, extent[0]);
+      extent[1] = select(minimum < extent[1], minimum, extent[1]);
     }
   };
 
@@ -446,10 +445,7 @@ struct SoftMinMax {
     }
 
    private:
-    R2_INLINE void include(V maximum, V minimum) {
-      fields[kOrder] = select(maximum > fields[kOrder], maximum, fields[kOrder]);
-      fields[kOrder + 1] = select(minimum < fields[kOrder + 1], minimum, fields[kOrder + 1]);
-    }
+    R2_INLINE void include(V maximum, V minimum) { Extent<V>::include(fields + kOrder, maximum, minimum); }
   };
   template <class V>
   using PowerSumsAndExtent4 = PowerSumsAndExtent<V, 4>;

@@ -113,9 +113,7 @@ struct Work {
   int64_t offset, size;
 
   Work(const Segments& segments, const ChunkPlace& place)
-      : segment(segments.all()[place.segment]),
-        offset(place.index * kChunkSize),
-        size(std::min(kChunkSize, segment.size - offset)) {}
+      : segment(segments.all()[place.segment]), offset(place.index * kChunkSize), size(segments.entries(place)) {}
   const void* weight() const { return segment.weight + offset * segment.entry_bytes(); }
   void* gradient() const { return segment.gradient + offset * segment.entry_bytes(); }
 };
@@ -281,10 +279,8 @@ void apply_to(const std::string& name, const Segments& segments, const std::opti
   STD_TORCH_CHECK(partials.dim() == 1 && partials.size(0) == expected, "partials: expected shape (", expected, ",)");
   Passes passes(index, segments, read_parameter(parameter, penalty, segments.count()),
                 const_cast<double*>(rows.data()));
-  bool is_skippable = penalty.is_sparse;
-  for (int64_t i = 0; i < segments.count(); ++i) is_skippable = is_skippable && segments.is_in_own_order(i);
   passes.apply<kAccumulate>(read_scalars(coefficients, segments.count(), "coefficients"),
-                            is_skippable ? maxima.data() : nullptr);
+                            penalty.is_sparse && !segments.is_reordered() ? maxima.data() : nullptr);
 }
 
 std::vector<Tensor> apply(std::string name, std::vector<Tensor> weights, std::optional<Tensor> parameter,

@@ -39,12 +39,9 @@ struct ChunkRange {
 inline std::vector<ChunkRange> cut_into_ranges(const Segments& segments) {
   constexpr int64_t kLongest = 32, kRangesPerThread = 8;
   const auto& chunks = segments.chunks();
-  const auto size_of = [&](int64_t i) {
-    return std::min(kChunkSize, segments.all()[chunks[i].segment].size - chunks[i].index * kChunkSize);
-  };
   const int64_t count = static_cast<int64_t>(chunks.size());
   int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += size_of(i);
+  for (const Segment& segment : segments.all()) total += segment.size;
   const int64_t share = total / (kRangesPerThread * torch::stable::get_num_threads());
   const int64_t longest = std::clamp(share, kChunkSize, kLongest * kChunkSize);
   // Only segments of a chunk or less share a range: a longer one is then finished by few.
@@ -52,7 +49,8 @@ inline std::vector<ChunkRange> cut_into_ranges(const Segments& segments) {
   std::vector<ChunkRange> ranges;
   for (int64_t begin = 0; begin < count;) {
     int64_t end = begin + 1;
-    for (int64_t size = size_of(begin); end < count && (size += size_of(end)) <= longest;) {
+    for (int64_t size = segments.entries(chunks[begin]);
+         end < count && (size += segments.entries(chunks[end])) <= longest;) {
       if (chunks[end].segment != chunks[begin].segment && (is_long(begin) || is_long(end))) break;
       ++end;
     }

@@ -91,7 +91,7 @@ void ask_for_huge_pages(void* memory, int64_t bytes) {
 
 }  // namespace
 
-Segments::Segments(const std::vector<Tensor>& weights) : weights_(weights), is_reordered_(weights.size(), false) {
+Segments::Segments(const std::vector<Tensor>& weights) : weights_(weights) {
   STD_TORCH_CHECK(!weights.empty(), "weights: expected at least one tensor");
   segments_.reserve(weights.size());
   int64_t chunk_count = 0;
@@ -131,7 +131,7 @@ void Segments::accumulate_into(const std::vector<Tensor>& gradients) {
       torch::stable::copy_(reordered, weights_[i]);
       weights_[i] = reordered;
       segments_[i].weight = static_cast<const char*>(reordered.const_data_ptr());
-      is_reordered_[i] = true;
+      is_reordered_ = true;
     }
     segments_[i].gradient = static_cast<char*>(gradient.mutable_data_ptr());
   }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -47,8 +48,13 @@ class Segments {
   // Fresh gradients, uninitialized, in the order of the weights.
   std::vector<Tensor> new_gradients();
 
-  // Whether a segment is read in the order in which reduce() without gradients reads it.
-  bool is_in_own_order(int64_t segment) const { return !is_reordered_[segment]; }
+  // Whether a gradient's order replaced its weight's, so that chunks are not those of reduce() without gradients.
+  bool is_reordered() const { return is_reordered_; }
+
+  // How many entries a chunk has: all but a segment's last are full.
+  int64_t entries(const ChunkPlace& place) const {
+    return std::min(kChunkSize, segments_[place.segment].size - place.index * kChunkSize);
+  }
 
   const std::vector<Segment>& all() const { return segments_; }
   const std::vector<ChunkPlace>& chunks() const { return chunks_; }
@@ -59,9 +65,9 @@ class Segments {
   std::vector<Tensor> weights_;  // dense
   std::vector<Segment> segments_;
   std::vector<ChunkPlace> chunks_;
-  std::vector<bool> is_reordered_;
   std::vector<std::pair<Tensor, Tensor>> apart_;  // a gradient that is not dense, and its dense stand-in
   bool has_float64_ = false;
+  bool is_reordered_ = false;
 };
 
 }  // namespace r2
