@@ -12,7 +12,7 @@ setup(
         CppExtension(
             "r2_kernels._C",
             sources=sorted(str(source) for source in CPU.glob("*.cpp")),
-            depends=[str(header) for header in [*CPU.glob("*.h"), Path("csrc/penalties.h")]],
+            depends=[str(header) for header in [*CPU.glob("*.h"), *Path("csrc").glob("*.h")]],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             extra_compile_args=[
                 "-std=c++17",

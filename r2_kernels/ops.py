@@ -42,8 +42,7 @@ SCHEMAS = {
 }
 
 _library = torch.library.Library("r2_kernels", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
+_dispatched: dict[str, Callable[..., Any]] = {}
 
 
 def _from_backend(backend: str, name: str) -> Callable[..., Any]:
@@ -70,18 +69,27 @@ def _from_reference_with_warning(name: str, reason: str) -> Callable[..., Any]:
     return kernel
 
 
-def _register_kernels() -> None:
+def define(schemas: dict[str, str]) -> None:
+    """Operators by name, each with the backends' kernels."""
+    for name, schema in schemas.items():
+        _library.define(name + schema)
     reason = backends.by_name("cpu").why_unavailable()
-    for name in SCHEMAS:
+    for name in schemas:
         if reason is not None:
             _library.impl(name, _from_reference_with_warning(name, reason), "CPU")
         _library.impl(name, _from_backend("triton", name), "CUDA")
+        _dispatched[name] = getattr(torch.ops.r2_kernels, name).default
 
 
-_register_kernels()
+define(SCHEMAS)
 
 
-@torch.library.register_fake("r2_kernels::reduce", lib=_library)
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the fake kernel of an operator."""
+    return torch.library.register_fake(f"r2_kernels::{name}", lib=_library)
+
+
+@fake("reduce")
 def _(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rule = by_name(penalty)
     count = len(weights)
@@ -96,14 +104,14 @@ def _(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tupl
     )
 
 
-@torch.library.register_fake("r2_kernels::finalize", lib=_library)
+@fake("finalize")
 def _(penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     count = statistics.shape[0]
     parameters = 0 if by_name(penalty).parameter is None else count
     return statistics.new_empty(count, dtype=dtype), statistics.new_empty(parameters, dtype=dtype)
 
 
-@torch.library.register_fake("r2_kernels::apply", lib=_library)
+@fake("apply")
 def _(
     penalty: str,
     weights: Sequence[Tensor],
@@ -115,7 +123,7 @@ def _(
     return [torch.empty_like(weight) for weight in weights]
 
 
-@torch.library.register_fake("r2_kernels::apply_", lib=_library)
+@fake("apply_")
 def _(
     penalty: str,
     weights: Sequence[Tensor],
@@ -128,7 +136,7 @@ def _(
     return None
 
 
-@torch.library.register_fake("r2_kernels::reduce_apply_", lib=_library)
+@fake("reduce_apply_")
 def _(
     penalty: str,
     weights: Sequence[Tensor],
@@ -140,9 +148,6 @@ def _(
     dtype = value_dtype(weights)
     parameters = 0 if by_name(penalty).parameter is None else count
     return weights[0].new_empty(count, dtype=dtype), weights[0].new_empty(parameters, dtype=dtype)
-
-
-_dispatched = {name: getattr(torch.ops.r2_kernels, name).default for name in SCHEMAS}
 
 
 def kernel(name: str, device: torch.device) -> Callable[..., Any]:

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "kernels.h"
 #include "penalty_table.h"
 #include "schedule.h"
@@ -20,53 +21,6 @@ namespace r2 {
 namespace {
 
 using torch::headeronly::DeviceType;
-using torch::headeronly::ScalarType;
-
-PenaltyIndex penalty_index(const std::string& name) {
-  for (int i = 0; i < kPenaltyCount; ++i) {
-    if (name == kPenalties[i].name) return static_cast<PenaltyIndex>(i);
-  }
-  STD_TORCH_CHECK(false, "penalty: expected 'linf', 'margin' or 'soft_min_max', got '", name, "'");
-}
-
-// The entries of a tensor of shape (count,), float32 or float64.
-std::vector<double> read_scalars(const Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == count, name,
-                  ": expected a tensor of shape (", count, ",) on the CPU");
-  const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name,
-                  ": expected dtype float32 or float64");
-  const int64_t stride = tensor.stride(0);
-  const void* data = tensor.const_data_ptr();
-  std::vector<double> scalars(count);
-  for (int64_t i = 0; i < count; ++i) {
-    scalars[i] = dtype == ScalarType::Double ? static_cast<const double*>(data)[i * stride]
-                                             : static_cast<const float*>(data)[i * stride];
-  }
-  return scalars;
-}
-
-std::vector<double> read_parameter(const std::optional<Tensor>& parameter, const PenaltyEntry& penalty, int64_t count) {
-  STD_TORCH_CHECK(parameter.has_value() == penalty.has_parameter, "parameter: expected ",
-                  penalty.has_parameter ? "a tensor" : "None", " for penalty '", penalty.name, "'");
-  return parameter.has_value() ? read_scalars(*parameter, count, "parameter") : std::vector<double>(count);
-}
-
-// The entries of a tensor of float64, contiguous or copied.
-class Doubles {
- public:
-  Doubles(const Tensor& tensor, const char* name) : tensor_(tensor) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double, name,
-                    ": expected a float64 tensor on the CPU");
-    if (!tensor_.is_contiguous()) tensor_ = torch::stable::contiguous(tensor_);
-    data_ = static_cast<const double*>(tensor_.const_data_ptr());
-  }
-  const double* data() const { return data_; }
-
- private:
-  Tensor tensor_;
-  const double* data_;
-};
 
 Tensor new_tensor(std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::empty(shape, dtype, std::nullopt, torch::stable::Device(DeviceType::CPU));

@@ -13,6 +13,41 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+// (stride, size) of the dimensions that are not 1, the smallest stride first.
+std::vector<std::pair<int64_t, int64_t>> dimensions_by_stride(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  return dimensions;
+}
+
+// Whether some entries share memory; where it says no, none do.
+bool overlaps_itself(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  int64_t reach = 1;
+  for (const auto& [stride, size] : dimensions_by_stride(tensor)) {
+    if (stride < reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
+}
+
+// Fresh memory arrives a page fault at a time; with 2 MiB pages it takes 512 times fewer.
+void ask_for_huge_pages(void* memory, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+}  // namespace
+
 Storage storage_of(const Tensor& tensor, const char* name, size_t index) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, "[", index, "]: expected a tensor on the CPU");
   switch (tensor.scalar_type()) {
@@ -29,17 +64,6 @@ Storage storage_of(const Tensor& tensor, const char* name, size_t index) {
   }
 }
 
-// (stride, size) of the dimensions that are not 1, the smallest stride first.
-std::vector<std::pair<int64_t, int64_t>> dimensions_by_stride(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dimensions;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) != 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dimensions.begin(), dimensions.end());
-  return dimensions;
-}
-
-// Whether the entries fill a contiguous range of memory without overlap, in any order of dimensions.
 bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) return true;
   int64_t expected = 1;
@@ -48,17 +72,6 @@ bool is_dense(const Tensor& tensor) {
     expected *= size;
   }
   return true;
-}
-
-// Whether some entries share memory; where it says no, none do.
-bool overlaps_itself(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
-  int64_t reach = 1;
-  for (const auto& [stride, size] : dimensions_by_stride(tensor)) {
-    if (stride < reach) return true;
-    reach += stride * (size - 1);
-  }
-  return false;
 }
 
 bool have_same_shape(const Tensor& a, const Tensor& b) {
@@ -76,20 +89,6 @@ bool have_same_order(const Tensor& a, const Tensor& b) {
   }
   return true;
 }
-
-// Fresh memory arrives a page fault at a time; with 2 MiB pages it takes 512 times fewer.
-void ask_for_huge_pages(void* memory, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
-}  // namespace
 
 Segments::Segments(const std::vector<Tensor>& weights) : weights_(weights) {
   STD_TORCH_CHECK(!weights.empty(), "weights: expected at least one tensor");

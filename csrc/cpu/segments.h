@@ -17,6 +17,8 @@ using torch::stable::Tensor;
 // Entries per chunk, as CHUNK_SIZE in r2_kernels/penalties.py.
 inline constexpr int64_t kChunkSize = 16384;
 
+inline int64_t bytes_of(Storage storage) { return storage == kFloat64 ? 8 : storage == kFloat32 ? 4 : 2; }
+
 // One weight, read as `size` entries in the order of its storage.
 struct Segment {
   const char* weight;
@@ -26,7 +28,7 @@ struct Segment {
   Storage storage;
 
   int64_t chunks() const { return (size + kChunkSize - 1) / kChunkSize; }
-  int64_t entry_bytes() const { return storage == kFloat64 ? 8 : storage == kFloat32 ? 4 : 2; }
+  int64_t entry_bytes() const { return bytes_of(storage); }
 };
 
 // One chunk of a segment.
@@ -34,6 +36,15 @@ struct ChunkPlace {
   int32_t segment;
   int32_t index;  // within the segment
 };
+
+// How a tensor is stored; an error that calls it name[index] where no kernel reads it.
+Storage storage_of(const Tensor& tensor, const char* name, size_t index);
+
+// Whether the entries fill a contiguous range of memory without overlap, in any order of dimensions.
+bool is_dense(const Tensor& tensor);
+bool have_same_shape(const Tensor& a, const Tensor& b);
+// Whether entries of the same index lie at the same offset, of tensors of the same shape.
+bool have_same_order(const Tensor& a, const Tensor& b);
 
 // Checks a list of weights, copies those that are not dense, and cuts all into chunks.
 class Segments {

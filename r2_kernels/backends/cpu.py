@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,8 +36,6 @@ def instruction_set() -> str:
     return str(torch.ops.r2_kernels.cpu_instruction_set())
 
 
-reduce = torch.ops.r2_kernels.reduce
-finalize = torch.ops.r2_kernels.finalize
-apply = torch.ops.r2_kernels.apply
-apply_ = torch.ops.r2_kernels.apply_
-reduce_apply_ = torch.ops.r2_kernels.reduce_apply_
+def __getattr__(name: str) -> Any:
+    """The operators, which are defined after this module: by the modules that hold their schemas."""
+    return getattr(torch.ops.r2_kernels, name)
