@@ -1,9 +1,9 @@
 """Range regularization (R², arXiv 2303.08253) for all weights of a model in one fused pass."""
 
-from r2_kernels import reference
+from r2_kernels import optim, reference
 from r2_kernels.backends import use_backend
 from r2_kernels.functional import linf, margin, soft_min_max
 from r2_kernels.regularizer import RangeRegularizer
 
-__all__ = ["RangeRegularizer", "linf", "margin", "reference", "soft_min_max", "use_backend"]
+__all__ = ["RangeRegularizer", "linf", "margin", "optim", "reference", "soft_min_max", "use_backend"]
 __version__ = "0.1.0"

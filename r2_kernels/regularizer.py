@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from r2_kernels import functional, ops
+from r2_kernels.carried_statistics import CarriedStatistics
 from r2_kernels.penalties import by_name
 from r2_kernels.report import Report, layer_report
 from r2_kernels.validation import check_parameter, check_weights, value_dtype
@@ -105,6 +106,8 @@ class RangeRegularizer(nn.Module):
         weights = self.weights()
         check_weights(weights, self.names)
         self.step = 0
+        # What an optimizer has left of its last step, which `losses` and `report` take while it holds.
+        self.carried_statistics: list[CarriedStatistics] = []
         self.register_buffer("_strength_per_layer", None, persistent=False)
         self.strength = strength
         starts = {"temperature": temperature, "margin": margin}
@@ -143,6 +146,10 @@ class RangeRegularizer(nn.Module):
         """The watched weights as they are now."""
         return [layer.weight() for layer in self._layers]
 
+    def own_parameter(self) -> nn.Parameter | None:
+        """M or the temperature, shape (layers,), or None where the penalty has neither."""
+        return None if self._rule.parameter is None else self.get_parameter(self._rule.parameter)
+
     def forward(self, *, check_finite: bool = False) -> Tensor:
         """The loss to add to the task's: sum of strength · penalty over the layers, a differentiable scalar.
 
@@ -152,9 +159,9 @@ class RangeRegularizer(nn.Module):
         values = self._values()
         if check_finite:
             self._check_finite(values)
-        loss = (values * self._strengths(values.dtype, values.device)).sum()
+        loss = (values * self.strengths(values.dtype, values.device)).sum()
         if self.training and torch.is_grad_enabled():
-            self._advance()
+            self.advance()
         return loss
 
     @torch.no_grad()
@@ -182,7 +189,7 @@ class RangeRegularizer(nn.Module):
         parameter, scalars = self._parameter(weights)
         if check_finite:
             self._check_finite(self._values())
-        strengths = self._strengths(value_dtype(weights), weights[0].device)
+        strengths = self.strengths(value_dtype(weights), weights[0].device)
         coefficients = strengths * _scale(scale)
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
         values, parameter_gradients = ops.kernel("reduce_apply_", weights[0].device)(
@@ -195,26 +202,35 @@ class RangeRegularizer(nn.Module):
         if parameter is not None and parameter.requires_grad:
             slope = (parameter_gradients * coefficients).to(parameter.dtype)
             parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
-        self._advance()
+        self.advance()
         return (values * strengths).sum()
 
     @torch.no_grad()
     def losses(self) -> dict[str, Tensor]:
-        """The penalty of each layer by name, without the strength: detached scalars on the weights' device."""
-        return dict(zip(self.names, self._values().unbind(), strict=True))
+        """The penalty of each layer by name, without the strength: detached scalars on the weights' device.
+
+        After a step of an optimizer of ``r2_kernels.optim`` that has this regularizer, no pass over the weights.
+        """
+        values = self._carried_values()
+        return dict(zip(self.names, (self._values() if values is None else values).unbind(), strict=True))
 
     @torch.no_grad()
     def report(self) -> Report:
         """What each layer looks like to a quantizer: print it, or take its ``rows``."""
         weights = self.weights()
-        values = self._values().tolist()
-        parameter = None if self._rule.parameter is None else self.get_parameter(self._rule.parameter).tolist()
+        values = list(self.losses().values())
+        own = self.own_parameter()
+        parameter = None if own is None else own.tolist()
         rows = [
-            layer_report(name, weight, self.penalty, value)
+            layer_report(name, weight, self.penalty, float(value))
             | ({} if parameter is None else {str(self._rule.parameter): parameter[index]})
             for index, (name, weight, value) in enumerate(zip(self.names, weights, values, strict=True))
         ]
         return Report(rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weights that a copy or a pickle makes anew are not those that the carried statistics know.
+        return self.__dict__ | {"carried_statistics": []}
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"penalty": self.penalty, "names": self.names, "step": self.step}
@@ -252,16 +268,28 @@ class RangeRegularizer(nn.Module):
         penalty = getattr(functional, self.penalty)
         return penalty(weights, self.get_parameter(self._rule.parameter))
 
+    def _carried_values(self) -> Tensor | None:
+        """The layers' values from what an optimizer has left, or None where a weight or M has changed since."""
+        weights, own = self.weights(), self.own_parameter()
+        carried = self.carried_statistics
+        is_whole = sum(len(part.layers) for part in carried) == len(weights)
+        if not is_whole or not all(part.hold_for([weights[i] for i in part.layers], own) for part in carried):
+            return None
+        values = torch.zeros(len(weights), dtype=value_dtype(weights), device=weights[0].device)
+        for part in carried:
+            part.add_to(values, part.finalize()[0])
+        return values
+
     def _parameter(self, weights: Sequence[Tensor]) -> tuple[nn.Parameter | None, Tensor | None]:
         """M or the temperature, and the same as the operators take it."""
-        if self._rule.parameter is None:
+        parameter = self.own_parameter()
+        if parameter is None:
             return None, None
-        parameter = self.get_parameter(self._rule.parameter)
-        check_parameter(parameter, self._rule.parameter, weights)
+        check_parameter(parameter, str(self._rule.parameter), weights)
         return parameter, ops.widened(parameter)
 
-    def _strengths(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The strength of each layer, shape (layers,)."""
+    def strengths(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The strength of each layer at this step, shape (layers,)."""
         strength: Any = self._strength if self._strength_per_layer is None else self._strength_per_layer
         if callable(strength):
             strength = strength(self.step)
@@ -272,7 +300,8 @@ class RangeRegularizer(nn.Module):
             return strength.detach().to(device, dtype).expand(len(self._layers))
         return torch.full((len(self._layers),), strength, dtype=dtype, device=device)
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """Count a step; ``add_gradients_``, a training ``reg()`` and the optimizers of ``r2_kernels.optim`` do it."""
         if callable(self.strength):  # Only a schedule counts: a number that changed each step would recompile a graph.
             self.step += 1
 

@@ -126,8 +126,7 @@ class StepChunk {
     }
   }
 
-  // ---- other storages: `count` entries from `begin` on, as T
-  // ----------------------------------------------------------
+  // ---- other storages: `count` entries from `begin` on, as T -------------------------------------------------------
 
   template <class Pointer>
   static T* read(Pointer array, Storage storage, int64_t begin, int64_t count, T* buffer) {
@@ -198,8 +197,7 @@ class StepChunk {
   const RoundingKey& rounding_;
 };
 
-// ---- the table
-// ---------------------------------------------------------------------------------------------------------
+// ---- the table -----------------------------------------------------------------------------------------------------
 
 template <class Penalty>
 struct ApplyPenalty {

@@ -215,13 +215,27 @@ void step_all(const StepTensors& tensors, const std::vector<Scalars>& scalars, S
   });
 }
 
-// Steps are counted in the tensors that the checkpoint holds.
-double advance(const Tensor& step, size_t index) {
-  STD_TORCH_CHECK(step.is_cpu() && step.numel() == 1, "steps[", index, "]: expected one number on the CPU");
-  if (step.scalar_type() == ScalarType::Double) return *static_cast<double*>(step.mutable_data_ptr()) += 1;
-  STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float, "steps[", index, "]: expected dtype float32 or float64");
-  return *static_cast<float*>(step.mutable_data_ptr()) += 1;
-}
+// The steps that were taken of each tensor, counted in the tensors that the checkpoint holds.
+class StepCounts {
+ public:
+  explicit StepCounts(const Tensors& steps, size_t count) : steps_(steps) {
+    STD_TORCH_CHECK(steps.size() == count, "steps: expected ", count, " tensors, got ", steps.size());
+    for (size_t i = 0; i < count; ++i) {
+      STD_TORCH_CHECK(steps[i].is_cpu() && steps[i].numel() == 1, "steps[", i, "]: expected one number on the CPU");
+      STD_TORCH_CHECK(steps[i].scalar_type() == ScalarType::Double || steps[i].scalar_type() == ScalarType::Float,
+                      "steps[", i, "]: expected dtype float32 or float64");
+    }
+  }
+  // Counts one more of tensor i, and returns how many there are.
+  double advance(size_t i) {
+    void* data = steps_[i].mutable_data_ptr();
+    if (steps_[i].scalar_type() == ScalarType::Double) return *static_cast<double*>(data) += 1;
+    return *static_cast<float*>(data) += 1;
+  }
+
+ private:
+  const Tensors& steps_;
+};
 
 double gradient_scale_of(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& clip_coefficient) {
   return read_scalar(clip_coefficient, "clip_coefficient", 1) / read_scalar(grad_scale, "grad_scale", 1);
@@ -238,7 +252,7 @@ void adamw_step_(Tensors weights, Tensors gradients, Tensors exp_avgs, Tensors e
   std::vector<const Tensors*> states{&exp_avgs, &exp_avg_sqs};
   if (is_amsgrad) states.push_back(&max_exp_avg_sqs);
   const StepTensors tensors(weights, gradients, states, {"exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"});
-  STD_TORCH_CHECK(steps.size() == weights.size(), "steps: expected ", weights.size(), " tensors, got ", steps.size());
+  StepCounts counts(steps, weights.size());
   const double learning_rate = read_scalar(lr, "lr", 0);
   const double sign = maximize ? -1 : 1;
   const double gradient_scale = sign * gradient_scale_of(grad_scale, clip_coefficient);
@@ -248,7 +262,7 @@ void adamw_step_(Tensors weights, Tensors gradients, Tensors exp_avgs, Tensors e
   std::vector<AdamWScalars> scalars;
   scalars.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    const double step = advance(steps[i], i);
+    const double step = counts.advance(i);
     scalars.push_back({1 - learning_rate * weight_decay, beta1, beta2, eps, learning_rate / (1 - std::pow(beta1, step)),
                        1 / std::sqrt(1 - std::pow(beta2, step)), is_amsgrad});
   }

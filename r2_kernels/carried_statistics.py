@@ -1,0 +1,84 @@
+"""Statistics that one optimizer step leaves for the next, and whether they still are those of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from r2_kernels import ops
+from r2_kernels.validation import value_dtype
+
+
+class CarriedStatistics:
+    """The statistics of some layers, in the form of the operators, with what tells whether a weight has changed.
+
+    A change is seen by the tensor's identity, its version counter and its address: an in-place operation counts the
+    version up, ``load_state_dict`` copies in place, and ``weight.data = other`` changes the address. What writes through
+    ``weight.data`` or another alias without a version of its own is not seen.
+
+    Attributes:
+        layers: which of the regularizer's layers these are.
+        statistics: (W, S) float64, a row per layer, as ``ops.reduce`` gives it.
+        partials: what ``ops.reduce`` leaves for ``apply`` of the same backend.
+        parameter: M or the temperature that they were gathered with, (W,), or None.
+    """
+
+    def __init__(self, penalty: str, layers: Sequence[int], layer_count: int, device: torch.device) -> None:
+        self.penalty = penalty
+        self.layers = list(layers)
+        is_whole = self.layers == list(range(layer_count))
+        self._index = None if is_whole else torch.tensor(self.layers, device=device)
+        self.statistics: Tensor | None = None
+        self.partials: Tensor | None = None
+        self.parameter: Tensor | None = None
+        self._tensors: list[Tensor] = []
+        self._state: list[tuple[int, int, int]] = []
+
+    def hold_for(self, weights: Sequence[Tensor], own: Tensor | None) -> bool:
+        """Whether these are the statistics of the weights, ``own`` being the regularizer's M or temperature."""
+        return self.statistics is not None and self._state == _state_of(_with_own(weights, own))
+
+    def gather(self, weights: Sequence[Tensor], own: Tensor | None) -> None:
+        """Compute them: one pass over the weights."""
+        self.parameter = self.of_layers(own)
+        _, _, self.statistics, self.partials = ops.kernel("reduce", weights[0].device)(
+            self.penalty, list(weights), self.parameter
+        )
+        self.remember(weights, own)
+
+    def remember(self, weights: Sequence[Tensor], own: Tensor | None) -> None:
+        """Take the tensors as they are now for those that the statistics belong to."""
+        self._tensors = _with_own(weights, own)  # Kept, so that no other tensor gets the same identity.
+        self._state = _state_of(self._tensors)
+
+    def finalize(self) -> tuple[Tensor, Tensor]:
+        """The penalties' values, (W,), and their gradients with respect to M or the temperature, (W,) or (0,)."""
+        weights = self._tensors[: len(self.layers)]
+        return ops.kernel("finalize", weights[0].device)(
+            self.penalty, self.statistics, self.parameter, value_dtype(weights)
+        )
+
+    def of_layers(self, own: Tensor | None) -> Tensor | None:
+        """A copy of these layers' entries of M or the temperature, as the operators take it."""
+        return None if own is None else self.select(ops.widened(own)).clone()
+
+    def select(self, per_layer: Tensor) -> Tensor:
+        """These layers' entries of a tensor with one for each layer of the regularizer."""
+        return per_layer if self._index is None else per_layer[self._index]
+
+    def add_to(self, per_layer: Tensor, values: Tensor) -> None:
+        """Add these layers' values to their entries of a tensor with one for each layer of the regularizer."""
+        if self._index is None:
+            per_layer += values
+        else:
+            per_layer.index_add_(0, self._index, values)
+
+
+def _with_own(weights: Sequence[Tensor], own: Tensor | None) -> list[Tensor]:
+    return [*weights] if own is None else [*weights, own]
+
+
+def _state_of(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    return [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
