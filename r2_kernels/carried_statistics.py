@@ -53,9 +53,14 @@ class CarriedStatistics:
         self._tensors = _with_own(weights, own)  # Kept, so that no other tensor gets the same identity.
         self._state = _state_of(self._tensors)
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The tensors that the statistics belong to."""
+        return self._tensors[: len(self.layers)]
+
     def finalize(self) -> tuple[Tensor, Tensor]:
         """The penalties' values, (W,), and their gradients with respect to M or the temperature, (W,) or (0,)."""
-        weights = self._tensors[: len(self.layers)]
+        weights = self.weights
         return ops.kernel("finalize", weights[0].device)(
             self.penalty, self.statistics, self.parameter, value_dtype(weights)
         )

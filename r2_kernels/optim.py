@@ -464,7 +464,7 @@ def _gradient(weight: Tensor) -> Tensor:
         return torch.zeros_like(weight)
     if gradient.layout is not torch.strided:
         raise TypeError(f"gradient of shape {tuple(weight.shape)}: expected a dense tensor, got {gradient.layout}")
-    is_in_order = weight.is_contiguous() and gradient.is_contiguous() or weight.stride() == gradient.stride()
+    is_in_order = (weight.is_contiguous() and gradient.is_contiguous()) or weight.stride() == gradient.stride()
     return gradient if is_in_order else torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
 
 
