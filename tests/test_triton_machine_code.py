@@ -20,7 +20,7 @@ from r2_kernels.penalties import PENALTIES
 BUDGETS = {
     ("reduce", "linf"): 10.0,
     ("reduce", "margin"): 11.0,
-    ("reduce", "soft_min_max"): {4: 31.0, 2: 25.0},
+    ("reduce", "soft_min_max"): {4: 31.0, 2: 22.0},
     ("apply", "linf"): 12.5,
     ("apply", "margin"): 9.0,
     ("apply", "soft_min_max"): 33.0,

@@ -123,6 +123,7 @@ def reduce_constants(penalty: str, dtype: torch.dtype, is_amd: bool = torch.vers
         "CHUNK": CHUNK_SIZE,
         "BLOCK": vector * threads,
         "VECTOR": vector,
+        "PACKED": EXTREMES[penalty] == 2 and dtype.itemsize == 2 and not is_amd,
         **_options(dtype, threads, is_amd),
     }
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from r2_kernels.backends.triton.storage import widened
+from r2_kernels.backends.triton.storage import larger, smaller, widened
 
 
 # chunks        int32 (chunks of this dtype, 2): the row of the segment in ``segments``, the chunk's number in it
 # segments      int64 (N, 3): address of the first entry, entries, number of the segment's first chunk in ``sums``
 # parameters    float32 or float64, stride ``parameter_stride``, (N,), or None: M or the temperature
 # sums          float32 or float64 (SUMS, all_chunks): the chunks' extremes and sums, written here
+#
+# PACKED        whether the extremes are those of 16-bit entries themselves, which a GPU compares two at a time
 #
 # A chunk is read twice, for its extremes and for its sums: the second time from the processor's L1 or L2 cache.
 @triton.jit
@@ -38,6 +40,7 @@ def reduce_chunks(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     segment = tl.load(chunks + 2 * pid).to(tl.int64)
@@ -51,7 +54,10 @@ def reduce_chunks(
     if EXTREMES > 0:
         if (length == CHUNK) & (address % 16 == 0):
             aligned = tl.multiple_of(weights, 16)
-            found = _extremes(aligned, CHUNK, True, extremes, neutral, ACCUMULATOR, BLOCK, VECTOR)
+            if PACKED:
+                found = _packed_extremes(aligned, CHUNK, ACCUMULATOR, BLOCK)
+            else:
+                found = _extremes(aligned, CHUNK, True, extremes, neutral, ACCUMULATOR, BLOCK, VECTOR)
         else:
             found = _extremes(weights, length, False, extremes, neutral, ACCUMULATOR, BLOCK, VECTOR)
     else:
@@ -108,6 +114,17 @@ def _extremes(
     if len(found) == 2:
         result = result + (tl.min(found[1], axis=0),)
     return result
+
+
+@triton.jit
+def _packed_extremes(weights, length, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr):
+    """The maximum and the minimum of a full chunk's entries."""
+    maximum = tl.load(weights + tl.arange(0, BLOCK))
+    minimum = maximum
+    for start in range(BLOCK, length, BLOCK):
+        stored = tl.load(weights + (start + tl.arange(0, BLOCK)))
+        maximum, minimum = larger(maximum, stored), smaller(minimum, stored)
+    return tl.max(widened(maximum, ACCUMULATOR), axis=0), tl.min(widened(minimum, ACCUMULATOR), axis=0)
 
 
 @triton.jit
