@@ -29,9 +29,6 @@ BUDGETS = {
     ("apply_", "soft_min_max"): 36.0,
 }
 
-# The one kernel that the compiler cannot fit into the registers of half a processor: two instructions.
-SPILLS = {("reduce", "soft_min_max", torch.float64, "sm_100"): 2}
-
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -47,7 +44,7 @@ def machine_code(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> 
 def test_machine_code(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> None:
     code = machine_code(kernel, penalty, dtype, target)
     assert code.local == 0
-    assert code.spills <= SPILLS.get((kernel, penalty, dtype, target), 0), "registers are spilled"
+    assert code.spills == 0, "registers are spilled"
     assert code.occupancy >= 0.5, f"{code.registers} registers a thread"
     assert code.vector_loads > 0
     assert (code.vector_stores > 0) == (kernel != "reduce")

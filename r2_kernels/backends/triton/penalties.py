@@ -245,9 +245,9 @@ def _powers(x):
     x4 = x2 * x2
     powers = (x, x2, x3, x4, x4 * x, x4 * x2, x4 * x3, x4 * x4)
     if x.dtype == tl.float64:
-        x8 = x4 * x4
-        x12 = x8 * x4
-        powers = powers + (x8 * x, x8 * x2, x8 * x3, x12, x12 * x, x12 * x2)
+        # Of the ways to multiply them, one that fits into half of a processor's registers.
+        x6, x7 = x3 * x3, x4 * x3
+        powers = powers + (x6 * x3, x6 * x4, x7 * x4, x6 * x6, x6 * x7, x7 * x7)
     return powers
 
 
