@@ -24,16 +24,11 @@ LANGUAGE_DTYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
-# The statistics of nothing, in the order of ``r2_kernels.penalties``.
-EMPTY_ROWS = {
-    "linf": (0.0, 0.0),
-    "margin": (0.0, 0.0),
-    "soft_min_max": (float("-inf"), float("inf"), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-}
+# How many extremes a penalty has, and ways to compute its sums and its gradients: ``penalties.py``.
 EXTREMES = {"linf": 1, "margin": 0, "soft_min_max": 2}
 REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 3}
 SLOPE_REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 2}
-MERGE_LANES = 256
+MERGE_LANES = 512
 FINALIZE_LANES = 128
 APPLY_THREADS = 128
 
@@ -133,11 +128,11 @@ def merge_constants(penalty: str, dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments of ``merge_chunks``."""
     functions = FUNCTIONS[penalty]
     return {
+        "neutral": functions.neutral,
         "convert": functions.convert,
-        "merge": functions.merge,
-        "across": functions.across,
         "finalize": functions.finalize,
-        "EMPTY": EMPTY_ROWS[penalty],
+        "EXTREMES": EXTREMES[penalty],
+        "STATISTICS": len(by_name(penalty).statistics),
         "SUMS": sums_per_chunk(penalty, dtype is torch.float64),
         "ACCUMULATOR": accumulator(dtype),
         "CHUNK": CHUNK_SIZE,
@@ -157,7 +152,7 @@ def apply_constants(
         "gradient": functions.gradient,
         "slope_regime": functions.slope_regime,
         "SLOPE_REGIMES": SLOPE_REGIMES[penalty],
-        "STATISTICS": len(EMPTY_ROWS[penalty]),
+        "STATISTICS": len(by_name(penalty).statistics),
         "DTYPE": LANGUAGE_DTYPES[dtype],
         "ACCUMULATOR": accumulator(dtype),
         "CHUNK": CHUNK_SIZE,
@@ -172,7 +167,7 @@ def finalize_constants(penalty: str) -> dict[str, Any]:
     """The compile-time arguments of ``finalize_rows``."""
     return {
         "finalize": FUNCTIONS[penalty].finalize,
-        "STATISTICS": len(EMPTY_ROWS[penalty]),
+        "STATISTICS": len(by_name(penalty).statistics),
         "LANES": FINALIZE_LANES,
         "num_warps": FINALIZE_LANES // 32,
     }

@@ -182,11 +182,11 @@ def merge_chunks(
     values,
     slopes,
     maxima,
+    neutral: tl.constexpr,
     convert: tl.constexpr,
-    merge: tl.constexpr,
-    across: tl.constexpr,
     finalize: tl.constexpr,
-    EMPTY: tl.constexpr,
+    EXTREMES: tl.constexpr,
+    STATISTICS: tl.constexpr,
     SUMS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -197,9 +197,30 @@ def merge_chunks(
     first = tl.load(segments + 3 * segment + 2)
     parameter = load_scalar(parameters, segment, parameter_stride)
     lanes = tl.arange(0, LANES)
-    row = ()
-    for field in tl.static_range(len(EMPTY)):
-        row = row + (tl.full((LANES,), EMPTY[field], tl.float64),)
+    # The ends first: with these known, what a chunk adds is converted once, and the rest are sums.
+    found = neutral(LANES, ACCUMULATOR)
+    otherwise = found
+    for start in range(0, tl.cdiv(numel, CHUNK), LANES):
+        numbers = start + lanes
+        mask = numbers * CHUNK < numel
+        joined = ()
+        for field in tl.static_range(EXTREMES):
+            column = tl.load(sums + field * all_chunks + first + numbers, mask=mask, other=0.0).to(ACCUMULATOR)
+            if field == 0:
+                if maxima is not None:
+                    tl.store(maxima + first + numbers, column.to(tl.float64), mask=mask)
+                column = tl.where(mask, column.to(otherwise[0].dtype, bitcast=True), otherwise[0])
+                joined = joined + (tl.maximum(found[0], column),)
+            else:
+                joined = joined + (tl.minimum(found[1], tl.where(mask, column, otherwise[1])),)
+        found = joined
+    ends = ()
+    for field in tl.static_range(EXTREMES):
+        end = tl.max(found[0], axis=0) if field == 0 else tl.min(found[1], axis=0)
+        ends = ends + (end.to(ACCUMULATOR, bitcast=True).to(tl.float64),)
+    totals = ()
+    for _ in tl.static_range(STATISTICS - EXTREMES):
+        totals = totals + (tl.zeros((LANES,), tl.float64),)
     for start in range(0, tl.cdiv(numel, CHUNK), LANES):
         numbers = start + lanes
         mask = numbers * CHUNK < numel
@@ -207,16 +228,16 @@ def merge_chunks(
         for field in tl.static_range(SUMS):
             column = tl.load(sums + field * all_chunks + first + numbers, mask=mask, other=0.0)
             fields = fields + (column.to(ACCUMULATOR),)
-        if maxima is not None:
-            tl.store(maxima + first + numbers, fields[0].to(tl.float64), mask=mask)
-        part = convert(fields, parameter, tl.minimum(numel - numbers * CHUNK, CHUNK))
-        valid = ()
-        for field in tl.static_range(len(EMPTY)):
-            valid = valid + (tl.where(mask, part[field], EMPTY[field]),)
-        row = merge(row, valid, parameter)
-    row = across(row, parameter)
-    for field in tl.static_range(len(EMPTY)):
-        tl.store(statistics + segment * len(EMPTY) + field, row[field])
+        part = convert(fields, ends, parameter, tl.minimum(numel - numbers * CHUNK, CHUNK))
+        added = ()
+        for field in tl.static_range(len(totals)):
+            added = added + (totals[field] + tl.where(mask, part[field], 0.0),)
+        totals = added
+    row = ends
+    for field in tl.static_range(len(totals)):
+        row = row + (tl.sum(totals[field], axis=0),)
+    for field in tl.static_range(STATISTICS):
+        tl.store(statistics + segment * STATISTICS + field, row[field])
     value, slope = finalize(row, parameter)
     tl.store(values + segment, value)
     if slopes is not None:
