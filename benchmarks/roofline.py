@@ -46,9 +46,9 @@ GPUS = {
         Gpu("H100", "sm_90", 132, 1.98e9, 3.35e12, 5.5e12, 256 << 10),
         Gpu("H200", "sm_90", 132, 1.98e9, 4.8e12, 5.5e12, 256 << 10),
         Gpu("B200", "sm_100", 148, 1.965e9, 8.0e12, 10.0e12, 256 << 10),
+        Gpu("MI300X", "gfx942", 304, 2.1e9, 5.3e12, 34.4e12, 32 << 10, lanes=64, shuffle_lanes=64),
     )
 }
-# MI300X has no row: the compiler's code for it is tested, but its instructions are not counted here.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

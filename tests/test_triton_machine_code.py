@@ -83,4 +83,7 @@ def test_amd(kernel: str, penalty: str, dtype: torch.dtype) -> None:
         assert re.search("(global|buffer)_load_dwordx4", text)
         assert bool(re.search("(global|buffer)_store_dwordx4", text)) == (kernel != "reduce")
         assert ".vgpr_spill_count: 0" in text
-        assert "scratch_load" not in text
+        code = machine_code(kernel, penalty, dtype, "gfx942")
+        assert (code.spills, code.local) == (0, 0)
+        assert code.occupancy >= 0.5, f"{code.registers} registers a thread"
+        assert code.paths, "no path loads every entry of an aligned chunk 16 bytes at a time"
