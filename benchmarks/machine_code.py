@@ -1,7 +1,8 @@
 """The Triton kernels compiled ahead of time, and what their machine code says: no GPU is needed.
 
 ``compile_kernel`` builds exactly what the backend launches, for any architecture; ``read`` disassembles an NVIDIA
-binary with the tools that come with Triton, and follows its control flow along the path that loads 16 bytes at a time.
+binary with the tools that come with Triton, or takes AMD's assembly, and follows its control flow along the path that
+loads 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -106,9 +107,10 @@ class Path16:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What an NVIDIA binary needs and does."""
+    """What a binary needs and does."""
 
     registers: int
+    register_file: int  # registers of a processor
     stack: int
     local: int
     spills: int  # instructions that load from or store to local memory
@@ -119,17 +121,46 @@ class MachineCode:
 
     @property
     def occupancy(self) -> float:
-        """The share of a processor's 2048 threads that its 65536 registers allow."""
+        """The share of a processor's 2048 threads that its registers allow."""
         per_thread = (self.registers + 7) // 8 * 8
-        return min(65536 // (per_thread * self.threads) * self.threads, 2048) / 2048
+        return min(self.register_file // (per_thread * self.threads) * self.threads, 2048) / 2048
 
 
 def read(compiled: Any, kernel: str, penalty: str, dtype: torch.dtype) -> MachineCode:
-    """The machine code of ``reduce``, ``apply`` or ``apply_``, compiled for an NVIDIA GPU."""
+    """The machine code of ``reduce``, ``apply`` or ``apply_``."""
     # How often an entry is loaded, and how often by one loop: a reduction with extremes looks twice, in two loops, and
     # the loop that adds to gradients loads these too.
     loops = 2 if kernel == "reduce" and operators.EXTREMES[penalty] else 1
     streams = 2 if kernel == "apply_" else 1
+    is_amd = "amdgcn" in compiled.asm
+    threads = (64 if is_amd else 32) * compiled.metadata.num_warps
+    elements = CHUNK_SIZE // threads
+    loads = elements // (16 // dtype.itemsize)
+    resources, lines = _read_amd(compiled) if is_amd else _read_nvidia(compiled)
+    blocks = _basic_blocks(lines)
+    opcodes = [opcode for block in blocks for opcode in block.opcodes]
+    return MachineCode(
+        **resources,
+        spills=sum(opcode.startswith(("LDL", "STL", "scratch_")) for opcode in opcodes),
+        threads=threads,
+        vector_loads=sum(_is_vector_load(opcode) for opcode in opcodes),
+        vector_stores=sum(
+            re.match("STG.E.128|(global|buffer)_store_dwordx4", opcode) is not None for opcode in opcodes
+        ),
+        paths=tuple(_paths(blocks, loads * streams, loops, elements)),
+    )
+
+
+class _Line(NamedTuple):
+    """A label, or an instruction, with where it jumps to and whether what follows it may run."""
+
+    label: str | None
+    opcode: str = ""
+    target: str | None = None
+    falls_through: bool = True
+
+
+def _read_nvidia(compiled: Any) -> tuple[dict[str, int], Iterator[_Line]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -137,21 +168,56 @@ def read(compiled: Any, kernel: str, penalty: str, dtype: torch.dtype) -> Machin
         text = _run("nvdisasm", "-c", file.name)
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources)
     assert usage is not None, resources
-    threads = 32 * compiled.metadata.num_warps
-    elements = CHUNK_SIZE // threads
-    loads = elements // (16 // dtype.itemsize)
-    blocks = _basic_blocks(text)
-    opcodes = [opcode for block in blocks for opcode in block.opcodes]
-    return MachineCode(
-        registers=int(usage[1]),
-        stack=int(usage[2]),
-        local=int(usage[3]),
-        spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
-        threads=threads,
-        vector_loads=sum(_is_vector_load(opcode) for opcode in opcodes),
-        vector_stores=sum(opcode.startswith("STG.E.128") for opcode in opcodes),
-        paths=tuple(_paths(blocks, loads * streams, loops, elements)),
-    )
+    registers, stack, local = map(int, usage.groups())
+    return {"registers": registers, "register_file": 65536, "stack": stack, "local": local}, _nvidia_lines(text)
+
+
+def _nvidia_lines(text: str) -> Iterator[_Line]:
+    for line in text.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+|\$[\w$]+):", line)
+        if label:
+            yield _Line(label[1])
+            continue
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", line)
+        if not instruction:
+            continue
+        predicate, opcode, operands = instruction.groups()
+        if opcode.startswith("BRA"):
+            target = re.search(r"\((\.L_x_\d+)\)", operands)
+            assert target is not None, line
+            is_conditional = predicate is not None or re.match(r"\s*!?U?P\d", operands) is not None
+            yield _Line(None, opcode, target[1], is_conditional)
+        else:
+            ends = opcode.startswith(("EXIT", "RET"))
+            if opcode != "NOP":
+                yield _Line(None, opcode, None, not ends or predicate is not None)
+
+
+def _read_amd(compiled: Any) -> tuple[dict[str, int], Iterator[_Line]]:
+    text = compiled.asm["amdgcn"]
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+    local = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    assert registers is not None
+    assert local is not None
+    # CDNA 3: four vector units, of 512 registers for each of 64 lanes.
+    resources = {"registers": int(registers[1]), "register_file": 4 * 512 * 64, "stack": 0, "local": int(local[1])}
+    return resources, _amd_lines(text)
+
+
+def _amd_lines(text: str) -> Iterator[_Line]:
+    for line in text.splitlines():
+        label = re.match(r"(\.LBB\d+_\d+):", line)
+        if label:
+            yield _Line(label[1])
+            continue
+        instruction = re.match(r"\s+([a-z]\w+)\s*([^;]*)", line)
+        if instruction:
+            opcode, operands = instruction.groups()
+            is_jump = opcode.startswith(("s_branch", "s_cbranch"))
+            falls_through = opcode not in ("s_branch", "s_endpgm")
+            yield _Line(None, opcode, operands.strip() if is_jump else None, falls_through)
+        if line.lstrip().startswith("s_endpgm"):
+            return
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -159,7 +225,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _is_vector_load(opcode: str) -> bool:
-    return opcode.startswith("LDG.E") and ".128" in opcode
+    return re.match(r"LDG\.E.*\.128|(global|buffer)_load_dwordx4", opcode) is not None
 
 
 @dataclass
@@ -168,48 +234,25 @@ class _Block:
     successors: list[int]
 
 
-def _basic_blocks(text: str) -> list[_Block]:
-    """The basic blocks of the kernel in ``nvdisasm``'s text, in order; the first is the entry."""
+def _basic_blocks(lines: Iterator[_Line]) -> list[_Block]:
+    """The basic blocks of a kernel, in order; the first is the entry."""
     blocks: list[_Block] = [_Block([], [])]
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
-
-    def start_block(falls_through: bool) -> None:
-        if blocks[-1].opcodes or not falls_through:
+    starts, falls_through = False, True
+    for line in lines:
+        if starts or (line.label is not None and blocks[-1].opcodes):
             blocks.append(_Block([], []))
             if falls_through:
                 blocks[-2].successors.append(len(blocks) - 1)
-
-    ended = False
-    for line in text.splitlines():
-        label = re.match(r"\s*(\.L_x_\d+|\$[\w$]+):", line)
-        if label:
-            start_block(not ended)
-            ended = False
-            labels[label[1]] = len(blocks) - 1
+            starts, falls_through = False, True
+        if line.label is not None:
+            labels[line.label] = len(blocks) - 1
             continue
-        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", line)
-        if not instruction:
-            continue
-        if ended:
-            start_block(False)
-            ended = False
-        predicate, opcode, operands = instruction.groups()
-        blocks[-1].opcodes.append(opcode)
-        if opcode.startswith("BRA"):
-            is_conditional = predicate is not None or re.match(r"\s*!?U?P\d", operands) is not None
-            target = re.search(r"\((\.L_x_\d+)\)", operands)
-            assert target is not None, line
-            jumps.append((len(blocks) - 1, target[1]))
-            if is_conditional:
-                start_block(True)
-            else:
-                ended = True
-        elif opcode.startswith(("EXIT", "RET")):
-            if predicate is None:
-                ended = True
-            else:
-                start_block(True)
+        blocks[-1].opcodes.append(line.opcode)
+        if line.target is not None:
+            jumps.append((len(blocks) - 1, line.target))
+        starts, falls_through = line.target is not None or not line.falls_through, line.falls_through
     for origin, name in jumps:
         blocks[origin].successors.append(labels[name])
     return blocks
@@ -232,9 +275,10 @@ def _cost(block: _Block) -> _Cost:
     opcodes = block.opcodes
     return _Cost(
         sum(map(_is_vector_load, opcodes)),
-        sum(opcode.startswith("MUFU") for opcode in opcodes),
-        sum(opcode != "NOP" for opcode in opcodes),
-        sum(opcode.startswith("SHFL") for opcode in opcodes),
+        sum(opcode.startswith(("MUFU", "v_exp_", "v_rcp_", "v_rsq_", "v_sqrt_", "v_log_")) for opcode in opcodes),
+        # AMD's scalar, memory and vector instructions are issued side by side, of which only the last are counted.
+        sum(opcode.startswith("v_") or opcode[0].isupper() for opcode in opcodes),
+        sum(opcode.startswith(("SHFL", "ds_bpermute", "ds_swizzle")) for opcode in opcodes),
     )
 
 
@@ -245,6 +289,9 @@ def _paths(blocks: list[_Block], loads: int, loops: int, elements: int) -> Itera
     straight code in their place. Paths with others belong to chunks that are not aligned or not full.
     """
     loop_of = _innermost_loops(blocks)
+    # Of a reduction that looks twice, the first look comes first: a path around it is that of another chunk, even where
+    # it goes through two of the loops that are there for the second, which exclude each other.
+    first_look = next((index for index, block in enumerate(blocks) if _cost(block).loads), 0) if loops == 2 else 0
     best: dict[int, dict[tuple[int, int], _Cost]] = {}
     totals: dict[tuple[int, int], _Cost] = {}
     for index, block in enumerate(blocks):  # Jumps go forward, but for those that close a loop.
@@ -257,6 +304,8 @@ def _paths(blocks: list[_Block], loads: int, loops: int, elements: int) -> Itera
         for before in arriving.values():
             _keep_costliest(leaving, before + cost)
         exits = block.successors if body is None else _loop_exits(blocks, body)
+        if index < first_look:
+            exits = [successor for successor in exits if successor <= first_look]
         for successor in exits:
             for after in leaving.values():
                 _keep_costliest(best.setdefault(successor, {}), after)

@@ -5,6 +5,7 @@ Without a GPU this needs ``TRITON_INTERPRET=1``, like every test that runs the k
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import test_ops
 import torch
 from conftest import IS_INTERPRETED
 from oracle import PENALTIES, default_parameter, expected
@@ -25,6 +27,7 @@ if not IS_INTERPRETED and not torch.cuda.is_available():
 
 from r2_kernels.backends.triton import chunk_table, operators
 from r2_kernels.penalties import CHUNK_SIZE
+from r2_kernels.penalties import PENALTIES as PENALTY_RULES
 
 BACKEND = "triton"
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
@@ -120,6 +123,54 @@ def test_a_plan_for_more_than_2_to_the_31_elements() -> None:
     assert torch.bincount(narrow[:, 0], minlength=5).tolist() == [0, counts[1], 0, counts[3], 0]
     assert narrow[-1].tolist() == [3, counts[3] - 1]
     assert groups[0][2].tolist() == [0, 2, 4]
+
+
+# Malformed calls
+
+
+def arguments(operator: str, penalty: str, weights: list[Tensor]) -> dict[str, Any]:
+    """Well-formed arguments of the operator, by name."""
+    parameter = default_parameter(penalty, weights)
+    values, _, statistics, partials = operators.reduce(penalty, weights, parameter)
+    named = {
+        "penalty": penalty,
+        "weights": weights,
+        "parameter": parameter,
+        "statistics": statistics,
+        "partials": partials,
+        "coefficients": torch.ones(len(weights), device=DEVICE),
+        "gradients": [torch.zeros_like(weight) for weight in weights],
+        "dtype": values.dtype,
+    }
+    taken = inspect.signature(getattr(operators, operator)).parameters
+    return {name: named[name] for name in taken}
+
+
+@each_penalty
+@pytest.mark.parametrize("argument", list(test_ops.BAD))
+def test_malformed_calls_raise(penalty: str, argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the C++ operators do: an error that names the argument, before anything is launched or written."""
+    rule = PENALTY_RULES[penalty]
+    weights = [randn(300, device=DEVICE), randn(4, 5, device=DEVICE), randn(40_000, device=DEVICE)]
+    named = {operator: arguments(operator, penalty, weights) for operator in test_ops.WITH_ARGUMENT[argument]}
+    monkeypatch.setattr(operators, "launch", lambda *_: pytest.fail("launched"))
+    for bad, spoil in test_ops.BAD[argument].items():
+        if (argument == "parameter" and rule.parameter is None) or (
+            argument == "partials" and not rule.is_sparse and bad != "float32"
+        ):
+            continue
+        for operator, good in named.items():
+            if "gradients" in good:
+                good["gradients"] = [torch.zeros_like(weight) for weight in weights]
+            spoiled = good | {argument: spoil(good[argument])}
+            with pytest.raises(RuntimeError, match=None if bad == "sparse" else argument):
+                getattr(operators, operator)(**spoiled)
+            assert not any(gradient.any() for gradient in good.get("gradients", ()))
+
+
+def test_a_parameter_where_there_is_none() -> None:
+    with pytest.raises(RuntimeError, match="parameter: expected None for penalty 'linf'"):
+        operators.reduce("linf", [randn(3, device=DEVICE)], torch.ones(1, device=DEVICE))
 
 
 # Launches

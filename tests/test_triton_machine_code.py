@@ -20,7 +20,7 @@ from r2_kernels.penalties import PENALTIES
 BUDGETS = {
     ("reduce", "linf"): 10.0,
     ("reduce", "margin"): 11.0,
-    ("reduce", "soft_min_max"): {4: 31.0, 2: 25.0},
+    ("reduce", "soft_min_max"): {4: 31.0, 2: 22.0},
     ("apply", "linf"): 12.5,
     ("apply", "margin"): 9.0,
     ("apply", "soft_min_max"): 33.0,
@@ -28,9 +28,6 @@ BUDGETS = {
     ("apply_", "margin"): 13.5,
     ("apply_", "soft_min_max"): 36.0,
 }
-
-# The one kernel that the compiler cannot fit into the registers of half a processor: two instructions.
-SPILLS = {("reduce", "soft_min_max", torch.float64, "sm_100"): 2}
 
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -47,7 +44,7 @@ def machine_code(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> 
 def test_machine_code(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> None:
     code = machine_code(kernel, penalty, dtype, target)
     assert code.local == 0
-    assert code.spills <= SPILLS.get((kernel, penalty, dtype, target), 0), "registers are spilled"
+    assert code.spills == 0, "registers are spilled"
     assert code.occupancy >= 0.5, f"{code.registers} registers a thread"
     assert code.vector_loads > 0
     assert (code.vector_stores > 0) == (kernel != "reduce")
@@ -86,4 +83,7 @@ def test_amd(kernel: str, penalty: str, dtype: torch.dtype) -> None:
         assert re.search("(global|buffer)_load_dwordx4", text)
         assert bool(re.search("(global|buffer)_store_dwordx4", text)) == (kernel != "reduce")
         assert ".vgpr_spill_count: 0" in text
-        assert "scratch_load" not in text
+        code = machine_code(kernel, penalty, dtype, "gfx942")
+        assert (code.spills, code.local) == (0, 0)
+        assert code.occupancy >= 0.5, f"{code.registers} registers a thread"
+        assert code.paths, "no path loads every entry of an aligned chunk 16 bytes at a time"

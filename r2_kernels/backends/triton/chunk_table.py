@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 
+from r2_kernels.backends.triton.checks import check_gradients, check_weights
+
 # Lists of tensors that are remembered: a training loop has one or two, an autograd step with fresh gradients more.
 CACHED_LISTS = 32
 
@@ -42,6 +44,7 @@ class WeightTable:
     """
 
     def __init__(self, weights: Sequence[Tensor], chunk_size: int) -> None:
+        check_weights(weights)
         self.copied = [index for index, weight in enumerate(weights) if not is_dense(weight)]
         self.strides = [_strides(weight) for weight in weights]
         if self.copied:
@@ -68,7 +71,13 @@ class DestinationTable:
     ``copied`` are the indices of the gradients that are not laid out as their weights: a table is made of copies.
     """
 
-    def __init__(self, gradients: Sequence[Tensor], strides: Sequence[tuple[tuple[int, int], ...]]) -> None:
+    def __init__(
+        self,
+        gradients: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        strides: Sequence[tuple[tuple[int, int], ...]],
+    ) -> None:
+        check_gradients(gradients, weights)
         self.copied = [
             index
             for index, (gradient, like) in enumerate(zip(gradients, strides, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r2_kernels.backends.triton.apply_kernel import apply_chunks
+from r2_kernels.backends.triton.checks import check_float64, check_parameter, check_scalars
 from r2_kernels.backends.triton.chunk_table import DestinationTable, TableCache, WeightTable
 from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
 from r2_kernels.backends.triton.reduce_kernels import finalize_rows, merge_chunks, reduce_chunks
@@ -24,16 +25,11 @@ LANGUAGE_DTYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
-# The statistics of nothing, in the order of ``r2_kernels.penalties``.
-EMPTY_ROWS = {
-    "linf": (0.0, 0.0),
-    "margin": (0.0, 0.0),
-    "soft_min_max": (float("-inf"), float("inf"), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-}
+# How many extremes a penalty has, and ways to compute its sums and its gradients: ``penalties.py``.
 EXTREMES = {"linf": 1, "margin": 0, "soft_min_max": 2}
 REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 3}
 SLOPE_REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 2}
-MERGE_LANES = 256
+MERGE_LANES = 512
 FINALIZE_LANES = 128
 APPLY_THREADS = 128
 
@@ -48,13 +44,17 @@ def reduce(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) ->
 
 def finalize(penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rule = by_name(penalty)
-    count = len(statistics)
+    count, device = len(statistics), statistics.device
+    check_float64(statistics, "statistics", (count, len(rule.statistics)), device)
+    check_parameter(parameter, rule, count, device)
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        raise RuntimeError(f"dtype: expected float32 or float64, got {dtype}")
     statistics = statistics.contiguous()
     values = statistics.new_empty(count, dtype=dtype)
     slopes = statistics.new_empty(0 if rule.parameter is None else count, dtype=dtype)
     stride = 0 if parameter is None else parameter.stride(0)
     arguments = (statistics, parameter, stride, values, slopes if len(slopes) else None, count)
-    with _on(statistics.device):
+    with _on(device):
         launch(finalize_rows, triton.cdiv(count, FINALIZE_LANES), arguments, finalize_constants(penalty))
     return values, slopes
 
@@ -67,9 +67,11 @@ def apply(
     partials: Tensor,
     coefficients: Tensor,
 ) -> list[Tensor]:
-    gradients = [torch.empty_like(weight) for weight in weights]
     table, dense = _weight_table(weights)
-    _apply(penalty, table, dense, parameter, statistics, partials, coefficients, gradients, False)
+    _check_reduced(penalty, table, dense[0].device, parameter, statistics, partials, coefficients)
+    gradients = [torch.empty_like(weight) for weight in weights]
+    destinations = _destination_table(table, dense, gradients)
+    _apply(penalty, table, parameter, statistics, partials, coefficients, gradients, destinations, False)
     return gradients
 
 
@@ -83,7 +85,9 @@ def apply_(
     gradients: Sequence[Tensor],
 ) -> None:
     table, weights = _weight_table(weights)
-    _apply(penalty, table, weights, parameter, statistics, partials, coefficients, gradients, True)
+    _check_reduced(penalty, table, weights[0].device, parameter, statistics, partials, coefficients)
+    destinations = _destination_table(table, weights, gradients)
+    _apply(penalty, table, parameter, statistics, partials, coefficients, gradients, destinations, True)
 
 
 def reduce_apply_(
@@ -94,8 +98,10 @@ def reduce_apply_(
     gradients: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     table, weights = _weight_table(weights)
+    check_scalars(coefficients, "coefficients", len(weights), weights[0].device)
+    destinations = _destination_table(table, weights, gradients)
     values, slopes, statistics, partials = _reduce(penalty, table, weights[0], parameter)
-    _apply(penalty, table, weights, parameter, statistics, partials, coefficients, gradients, True)
+    _apply(penalty, table, parameter, statistics, partials, coefficients, gradients, destinations, True)
     return values, slopes
 
 
@@ -123,6 +129,7 @@ def reduce_constants(penalty: str, dtype: torch.dtype, is_amd: bool = torch.vers
         "CHUNK": CHUNK_SIZE,
         "BLOCK": vector * threads,
         "VECTOR": vector,
+        "PACKED": EXTREMES[penalty] == 2 and dtype.itemsize == 2 and not is_amd,
         **_options(dtype, threads, is_amd),
     }
 
@@ -132,11 +139,11 @@ def merge_constants(penalty: str, dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments of ``merge_chunks``."""
     functions = FUNCTIONS[penalty]
     return {
+        "neutral": functions.neutral,
         "convert": functions.convert,
-        "merge": functions.merge,
-        "across": functions.across,
         "finalize": functions.finalize,
-        "EMPTY": EMPTY_ROWS[penalty],
+        "EXTREMES": EXTREMES[penalty],
+        "STATISTICS": len(by_name(penalty).statistics),
         "SUMS": sums_per_chunk(penalty, dtype is torch.float64),
         "ACCUMULATOR": accumulator(dtype),
         "CHUNK": CHUNK_SIZE,
@@ -156,7 +163,7 @@ def apply_constants(
         "gradient": functions.gradient,
         "slope_regime": functions.slope_regime,
         "SLOPE_REGIMES": SLOPE_REGIMES[penalty],
-        "STATISTICS": len(EMPTY_ROWS[penalty]),
+        "STATISTICS": len(by_name(penalty).statistics),
         "DTYPE": LANGUAGE_DTYPES[dtype],
         "ACCUMULATOR": accumulator(dtype),
         "CHUNK": CHUNK_SIZE,
@@ -171,7 +178,7 @@ def finalize_constants(penalty: str) -> dict[str, Any]:
     """The compile-time arguments of ``finalize_rows``."""
     return {
         "finalize": FUNCTIONS[penalty].finalize,
-        "STATISTICS": len(EMPTY_ROWS[penalty]),
+        "STATISTICS": len(by_name(penalty).statistics),
         "LANES": FINALIZE_LANES,
         "num_warps": FINALIZE_LANES // 32,
     }
@@ -195,9 +202,10 @@ def _reduce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of ``reduce``, on the device of ``like``."""
     rule = by_name(penalty)
+    count = len(table.segments)
+    check_parameter(parameter, rule, count, like.device)
     dtype = torch.float64 if table.is_float64 else torch.float32
     new_empty = like.new_empty
-    count = len(table.segments)
     values = new_empty(count, dtype=dtype)
     slopes = new_empty(0 if rule.parameter is None else count, dtype=dtype)
     statistics = new_empty((count, len(rule.statistics)), dtype=torch.float64)
@@ -218,19 +226,18 @@ def _reduce(
 def _apply(
     penalty: str,
     table: WeightTable,
-    weights: Sequence[Tensor],
     parameter: Tensor | None,
     statistics: Tensor,
     partials: Tensor,
     coefficients: Tensor,
     gradients: Sequence[Tensor],
+    destinations: Destinations,
     add: bool,
 ) -> None:
     rule = by_name(penalty)
-    destinations, in_place, copied = _destination_table(table, weights, gradients)
     arguments = (
         table.segments,
-        destinations.addresses,
+        destinations.table.addresses,
         parameter,
         0 if parameter is None else parameter.stride(0),
         coefficients,
@@ -238,17 +245,45 @@ def _apply(
         statistics.contiguous(),
         partials.contiguous() if rule.is_sparse else None,
     )
-    with _on(weights[0].device):
+    with _on(gradients[0].device):
         for group in table.groups:
             if len(group.chunks):
                 constants = apply_constants(penalty, group.dtype, add)
                 launch(apply_chunks, len(group.chunks), (group.chunks, *arguments), constants)
-    for index in copied:
-        gradients[index].copy_(in_place[index])
+    for index in destinations.copied:
+        gradients[index].copy_(destinations.in_place[index])
+
+
+def _check_reduced(
+    penalty: str,
+    table: WeightTable,
+    device: torch.device,
+    parameter: Tensor | None,
+    statistics: Tensor,
+    partials: Tensor,
+    coefficients: Tensor,
+) -> None:
+    """Raise unless these are what ``reduce`` gives for the weights of the table, and coefficients for them."""
+    rule = by_name(penalty)
+    count = len(table.segments)
+    check_float64(statistics, "statistics", (count, len(rule.statistics)), device)
+    check_float64(partials, "partials", (table.chunks if rule.is_sparse else 0,), device)
+    check_parameter(parameter, rule, count, device)
+    check_scalars(coefficients, "coefficients", count, device)
+
+
+class Destinations(NamedTuple):
+    """Where gradients are, these laid out as their weights, and the indices of those that are copies for this."""
+
+    table: DestinationTable
+    in_place: Sequence[Tensor]
+    copied: Sequence[int]
 
 
 def _weight_table(weights: Sequence[Tensor]) -> tuple[WeightTable, Sequence[Tensor]]:
     """The table, and the dense weights that it is made of."""
+    if not weights:
+        raise RuntimeError("weights: expected at least one tensor")
     table = _weight_tables.find(weights, None, lambda: WeightTable(weights, CHUNK_SIZE))
     if table.copied:
         dense = list(weights)
@@ -258,18 +293,16 @@ def _weight_table(weights: Sequence[Tensor]) -> tuple[WeightTable, Sequence[Tens
     return table, weights
 
 
-def _destination_table(
-    table: WeightTable, weights: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> tuple[DestinationTable, Sequence[Tensor], Sequence[int]]:
-    """The table, the gradients laid out as their weights that it is made of, and which of these are copies."""
-    destinations = _destination_tables.find(gradients, table, lambda: DestinationTable(gradients, table.strides))
-    if not destinations.copied:
-        return destinations, gradients, ()
+def _destination_table(table: WeightTable, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Destinations:
+    if len(gradients) != len(weights):
+        raise RuntimeError(f"gradients: expected {len(weights)} tensors, got {len(gradients)}")
+    found = _destination_tables.find(gradients, table, lambda: DestinationTable(gradients, weights, table.strides))
+    if not found.copied:
+        return Destinations(found, gradients, ())
     in_place = list(gradients)
-    for index in destinations.copied:
+    for index in found.copied:
         in_place[index] = torch.empty_like(weights[index]).copy_(gradients[index])
-    again, _, _ = _destination_table(table, weights, in_place)
-    return again, in_place, destinations.copied
+    return Destinations(_destination_table(table, weights, in_place).table, in_place, found.copied)
 
 
 def _on(device: torch.device) -> Any:

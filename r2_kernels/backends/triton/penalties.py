@@ -9,9 +9,8 @@ tables or addresses, and the kernels nothing of a penalty:
     anchor       from these extremes: first what to store of them, then what ``terms`` need, all scalars
     regime       which of the ways to compute ``terms`` suits an anchor: 0, 1 or 2
     terms        what to add up over a chunk, a tuple, from its entries and its anchor, in a given regime
-    convert      a chunk's stored extremes and sums to its statistics, float64, in the order of ``r2_kernels.penalties``
-    merge        the statistics of two halves to the whole's, lane by lane
-    across       those of all lanes to one row
+    convert      what a chunk adds to its segment's statistics, float64, from its stored extremes and sums and the
+                 segment's ends; these and the sums are the statistics, in the order of ``r2_kernels.penalties``
     finalize     value and gradient with respect to the parameter, from the statistics
     prepare      constants of a segment's gradient, once in float64, rounded to the precision of its entries
     slope_regime which of the ways to compute ``gradient`` suits these constants: 0 or 1
@@ -49,8 +48,6 @@ class Functions(NamedTuple):
     regime: triton.JITFunction
     terms: triton.JITFunction
     convert: triton.JITFunction
-    merge: triton.JITFunction
-    across: triton.JITFunction
     finalize: triton.JITFunction
     prepare: triton.JITFunction
     slope_regime: triton.JITFunction
@@ -98,21 +95,9 @@ def linf_terms(w, anchor, REGIME: tl.constexpr):
 
 
 @triton.jit
-def linf_convert(sums, parameter, length):
-    return sums[0].to(tl.float64), sums[1].to(tl.float64)
-
-
-@triton.jit
-def linf_merge(row, other, parameter):
-    maximum = tl.maximum(row[0], other[0], propagate_nan=tl.PropagateNan.ALL)
-    count = tl.where(row[0] == maximum, row[1], 0.0) + tl.where(other[0] == maximum, other[1], 0.0)
-    return maximum, count
-
-
-@triton.jit
-def linf_across(row, parameter):
-    maximum = tl.max(_bits(row[0]), axis=0).to(tl.float64, bitcast=True)
-    return maximum, tl.sum(tl.where(row[0] == maximum, row[1], 0.0), axis=0)
+def linf_convert(sums, ends, parameter, length):
+    # A chunk with a NaN has no entry that reaches its maximum.
+    return (tl.where(sums[0].to(tl.float64) == ends[0], sums[1], 0.0).to(tl.float64),)
 
 
 @triton.jit
@@ -169,21 +154,11 @@ def margin_terms(w, anchor, REGIME: tl.constexpr):
 
 
 @triton.jit
-def margin_convert(sums, parameter, length):
+def margin_convert(sums, ends, parameter, length):
     exceeding = sums[1].to(tl.float64)
     rounding = tl.abs(parameter) - _margin_below(parameter, sums[0].dtype).to(tl.float64)
     # Infinite margins round to themselves, and leave no difference to correct.
     return sums[0].to(tl.float64) - exceeding * tl.where(rounding > 0, rounding, 0.0), exceeding
-
-
-@triton.jit
-def margin_merge(row, other, parameter):
-    return row[0] + other[0], row[1] + other[1]
-
-
-@triton.jit
-def margin_across(row, parameter):
-    return tl.sum(row[0], axis=0), tl.sum(row[1], axis=0)
 
 
 @triton.jit
@@ -245,9 +220,9 @@ def _powers(x):
     x4 = x2 * x2
     powers = (x, x2, x3, x4, x4 * x, x4 * x2, x4 * x3, x4 * x4)
     if x.dtype == tl.float64:
-        x8 = x4 * x4
-        x12 = x8 * x4
-        powers = powers + (x8 * x, x8 * x2, x8 * x3, x12, x12 * x, x12 * x2)
+        # Of the ways to multiply them, one that fits into half of a processor's registers.
+        x6, x7 = x3 * x3, x4 * x3
+        powers = powers + (x6 * x3, x6 * x4, x7 * x4, x6 * x6, x6 * x7, x7 * x7)
     return powers
 
 
@@ -324,17 +299,12 @@ def _moments_from_powers(sums, count, rate):
 
 
 @triton.jit
-def _moved(moments, distance):
-    """Sums of e, d·e and d²·e after every d has grown by ``distance``."""
+def _in_entries(moments, inverse, shift, temperature):
+    """Sums of e, d·e and d²·e, in entries, from those in units, after every d has grown by ``shift``."""
     z, s, q = moments
-    return z, s + distance * z, q + distance * (2 * s + distance * z)
-
-
-@triton.jit
-def _scaled(moments, factor, unit):
-    """The sums with every e times ``factor`` and every d times ``unit``."""
-    z, s, q = moments
-    return z * factor, s * factor * unit, q * factor * unit * unit
+    s, q = s * inverse, q * inverse * inverse
+    factor = tl.exp(temperature * shift)
+    return factor * z, factor * (s + shift * z), factor * (q + shift * (2 * s + shift * z))
 
 
 @triton.jit
@@ -347,10 +317,10 @@ def _chosen(condition, if_true, if_false):
 
 
 @triton.jit
-def soft_min_max_convert(sums, parameter, length):
-    center, unit, inverse, half = _frame(sums[0], sums[1], tl.abs(parameter).to(sums[0].dtype))
+def soft_min_max_convert(sums, ends, parameter, length):
+    center, _, inverse, half = _frame(sums[0], sums[1], tl.abs(parameter).to(sums[0].dtype))
     maximum, minimum = sums[0].to(tl.float64), sums[1].to(tl.float64)
-    center, unit, inverse = center.to(tl.float64), unit.to(tl.float64), inverse.to(tl.float64)
+    center, inverse = center.to(tl.float64), inverse.to(tl.float64)
     temperature = tl.abs(parameter)
     # At most 1, unless all distances are zero.
     rate = tl.where(half <= SMALL, tl.minimum(temperature * inverse, 1.0), 0.0)
@@ -358,47 +328,10 @@ def soft_min_max_convert(sums, parameter, length):
     lower = (sums[5].to(tl.float64), sums[6].to(tl.float64), sums[7].to(tl.float64))
     upper = _chosen(half <= SMALL, _moments_from_powers(sums, length, rate), upper)
     lower = _chosen(half <= SMALL, _moments_from_powers(sums, length, -rate), lower)
-    # From the center, where the sums are about that, to the ends.
-    up = tl.where(half <= MIDDLE, center - maximum, 0.0)
-    down = tl.where(half <= MIDDLE, center - minimum, 0.0)
-    upper = _scaled(_moved(upper, up * unit), tl.exp(temperature * up), inverse)
-    lower = _scaled(_moved(lower, down * unit), tl.exp(-temperature * down), inverse)
-    return (maximum, minimum) + upper + lower
-
-
-@triton.jit
-def _shifted(moments, shift, temperature):
-    """Sums of u^k·exp(temperature·u) after every distance u has grown by ``shift``; those of nothing stay."""
-    shift = tl.where(moments[0] == 0, 0.0, shift)
-    return _scaled(_moved(moments, shift), tl.exp(temperature * shift), 1.0)
-
-
-@triton.jit
-def _at_ends(row, maximum, minimum, parameter):
-    """The moments of a row about a maximum and a minimum that are at least as far out as its own."""
-    temperature = tl.abs(parameter)
-    upper = _shifted((row[2], row[3], row[4]), row[0] - maximum, temperature)
-    lower = _shifted((row[5], row[6], row[7]), row[1] - minimum, -temperature)
-    return upper + lower
-
-
-@triton.jit
-def soft_min_max_merge(row, other, parameter):
-    maximum, minimum = tl.maximum(row[0], other[0]), tl.minimum(row[1], other[1])
-    first = _at_ends(row, maximum, minimum, parameter)
-    second = _at_ends(other, maximum, minimum, parameter)
-    upper = (first[0] + second[0], first[1] + second[1], first[2] + second[2])
-    lower = (first[3] + second[3], first[4] + second[4], first[5] + second[5])
-    return (maximum, minimum) + upper + lower
-
-
-@triton.jit
-def soft_min_max_across(row, parameter):
-    maximum, minimum = tl.max(row[0], axis=0), tl.min(row[1], axis=0)
-    lanes = _at_ends(row, maximum, minimum, parameter)
-    upper = (tl.sum(lanes[0], axis=0), tl.sum(lanes[1], axis=0), tl.sum(lanes[2], axis=0))
-    lower = (tl.sum(lanes[3], axis=0), tl.sum(lanes[4], axis=0), tl.sum(lanes[5], axis=0))
-    return (maximum, minimum) + upper + lower
+    # From the center, or from the chunk's ends, to the segment's.
+    up = tl.where(half <= MIDDLE, center, maximum) - ends[0]
+    down = tl.where(half <= MIDDLE, center, minimum) - ends[1]
+    return _in_entries(upper, inverse, up, temperature) + _in_entries(lower, inverse, down, -temperature)
 
 
 @triton.jit
@@ -485,8 +418,6 @@ FUNCTIONS = {
         only_regime,
         linf_terms,
         linf_convert,
-        linf_merge,
-        linf_across,
         linf_finalize,
         linf_prepare,
         only_regime,
@@ -499,8 +430,6 @@ FUNCTIONS = {
         only_regime,
         margin_terms,
         margin_convert,
-        margin_merge,
-        margin_across,
         margin_finalize,
         margin_prepare,
         only_regime,
@@ -513,8 +442,6 @@ FUNCTIONS = {
         soft_min_max_regime,
         soft_min_max_terms,
         soft_min_max_convert,
-        soft_min_max_merge,
-        soft_min_max_across,
         soft_min_max_finalize,
         soft_min_max_prepare,
         soft_min_max_slope_regime,

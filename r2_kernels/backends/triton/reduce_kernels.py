@@ -9,13 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from r2_kernels.backends.triton.storage import widened
+from r2_kernels.backends.triton.storage import larger, smaller, widened
 
 
 # chunks        int32 (chunks of this dtype, 2): the row of the segment in ``segments``, the chunk's number in it
 # segments      int64 (N, 3): address of the first entry, entries, number of the segment's first chunk in ``sums``
 # parameters    float32 or float64, stride ``parameter_stride``, (N,), or None: M or the temperature
 # sums          float32 or float64 (SUMS, all_chunks): the chunks' extremes and sums, written here
+#
+# PACKED        whether the extremes are those of 16-bit entries themselves, which a GPU compares two at a time
 #
 # A chunk is read twice, for its extremes and for its sums: the second time from the processor's L1 or L2 cache.
 @triton.jit
@@ -38,6 +40,7 @@ def reduce_chunks(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     segment = tl.load(chunks + 2 * pid).to(tl.int64)
@@ -51,7 +54,10 @@ def reduce_chunks(
     if EXTREMES > 0:
         if (length == CHUNK) & (address % 16 == 0):
             aligned = tl.multiple_of(weights, 16)
-            found = _extremes(aligned, CHUNK, True, extremes, neutral, ACCUMULATOR, BLOCK, VECTOR)
+            if PACKED:
+                found = _packed_extremes(aligned, CHUNK, ACCUMULATOR, BLOCK)
+            else:
+                found = _extremes(aligned, CHUNK, True, extremes, neutral, ACCUMULATOR, BLOCK, VECTOR)
         else:
             found = _extremes(weights, length, False, extremes, neutral, ACCUMULATOR, BLOCK, VECTOR)
     else:
@@ -111,6 +117,17 @@ def _extremes(
 
 
 @triton.jit
+def _packed_extremes(weights, length, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr):
+    """The maximum and the minimum of a full chunk's entries."""
+    maximum = tl.load(weights + tl.arange(0, BLOCK))
+    minimum = maximum
+    for start in range(BLOCK, length, BLOCK):
+        stored = tl.load(weights + (start + tl.arange(0, BLOCK)))
+        maximum, minimum = larger(maximum, stored), smaller(minimum, stored)
+    return tl.max(widened(maximum, ACCUMULATOR), axis=0), tl.min(widened(minimum, ACCUMULATOR), axis=0)
+
+
+@triton.jit
 def _totals(
     weights,
     length,
@@ -165,11 +182,11 @@ def merge_chunks(
     values,
     slopes,
     maxima,
+    neutral: tl.constexpr,
     convert: tl.constexpr,
-    merge: tl.constexpr,
-    across: tl.constexpr,
     finalize: tl.constexpr,
-    EMPTY: tl.constexpr,
+    EXTREMES: tl.constexpr,
+    STATISTICS: tl.constexpr,
     SUMS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -180,9 +197,30 @@ def merge_chunks(
     first = tl.load(segments + 3 * segment + 2)
     parameter = load_scalar(parameters, segment, parameter_stride)
     lanes = tl.arange(0, LANES)
-    row = ()
-    for field in tl.static_range(len(EMPTY)):
-        row = row + (tl.full((LANES,), EMPTY[field], tl.float64),)
+    # The ends first: with these known, what a chunk adds is converted once, and the rest are sums.
+    found = neutral(LANES, ACCUMULATOR)
+    otherwise = found
+    for start in range(0, tl.cdiv(numel, CHUNK), LANES):
+        numbers = start + lanes
+        mask = numbers * CHUNK < numel
+        joined = ()
+        for field in tl.static_range(EXTREMES):
+            column = tl.load(sums + field * all_chunks + first + numbers, mask=mask, other=0.0).to(ACCUMULATOR)
+            if field == 0:
+                if maxima is not None:
+                    tl.store(maxima + first + numbers, column.to(tl.float64), mask=mask)
+                column = tl.where(mask, column.to(otherwise[0].dtype, bitcast=True), otherwise[0])
+                joined = joined + (tl.maximum(found[0], column),)
+            else:
+                joined = joined + (tl.minimum(found[1], tl.where(mask, column, otherwise[1])),)
+        found = joined
+    ends = ()
+    for field in tl.static_range(EXTREMES):
+        end = tl.max(found[0], axis=0) if field == 0 else tl.min(found[1], axis=0)
+        ends = ends + (end.to(ACCUMULATOR, bitcast=True).to(tl.float64),)
+    totals = ()
+    for _ in tl.static_range(STATISTICS - EXTREMES):
+        totals = totals + (tl.zeros((LANES,), tl.float64),)
     for start in range(0, tl.cdiv(numel, CHUNK), LANES):
         numbers = start + lanes
         mask = numbers * CHUNK < numel
@@ -190,16 +228,16 @@ def merge_chunks(
         for field in tl.static_range(SUMS):
             column = tl.load(sums + field * all_chunks + first + numbers, mask=mask, other=0.0)
             fields = fields + (column.to(ACCUMULATOR),)
-        if maxima is not None:
-            tl.store(maxima + first + numbers, fields[0].to(tl.float64), mask=mask)
-        part = convert(fields, parameter, tl.minimum(numel - numbers * CHUNK, CHUNK))
-        valid = ()
-        for field in tl.static_range(len(EMPTY)):
-            valid = valid + (tl.where(mask, part[field], EMPTY[field]),)
-        row = merge(row, valid, parameter)
-    row = across(row, parameter)
-    for field in tl.static_range(len(EMPTY)):
-        tl.store(statistics + segment * len(EMPTY) + field, row[field])
+        part = convert(fields, ends, parameter, tl.minimum(numel - numbers * CHUNK, CHUNK))
+        added = ()
+        for field in tl.static_range(len(totals)):
+            added = added + (totals[field] + tl.where(mask, part[field], 0.0),)
+        totals = added
+    row = ends
+    for field in tl.static_range(len(totals)):
+        row = row + (tl.sum(totals[field], axis=0),)
+    for field in tl.static_range(STATISTICS):
+        tl.store(statistics + segment * STATISTICS + field, row[field])
     value, slope = finalize(row, parameter)
     tl.store(values + segment, value)
     if slopes is not None:

@@ -29,3 +29,31 @@ def narrowed(values, dtype: tl.constexpr):
         return kept.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return values.to(dtype)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two 16-bit entries each, in one NVIDIA instruction for two; of a NaN and a number the number."""
+    if IS_INTERPRETED:
+        return tl.where(widened(a, tl.float32) > widened(b, tl.float32), a, b)
+    elif a.dtype == tl.bfloat16:
+        return _paired("max.bf16x2 $0, $1, $2;", a, b)
+    else:
+        return _paired("max.f16x2 $0, $1, $2;", a, b)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller, likewise."""
+    if IS_INTERPRETED:
+        return tl.where(widened(a, tl.float32) < widened(b, tl.float32), a, b)
+    elif a.dtype == tl.bfloat16:
+        return _paired("min.bf16x2 $0, $1, $2;", a, b)
+    else:
+        return _paired("min.f16x2 $0, $1, $2;", a, b)
+
+
+@triton.jit
+def _paired(INSTRUCTION: tl.constexpr, a, b):
+    # In Triton's own maximum bfloat16 becomes float32, and float16 is compared one by one.
+    return tl.inline_asm_elementwise(INSTRUCTION, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
