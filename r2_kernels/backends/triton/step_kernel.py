@@ -108,7 +108,7 @@ def step_chunks(
         settings = (_float64(setting0), _float64(setting1), _float64(setting2), _float64(setting3))
         step = _next_count(counts, segment, COUNT)
         rule = prepare_update(rate, settings, step, is_first, ACCUMULATOR)
-        random = (rounding_seed, segment, number) if IS_STOCHASTIC else None
+        random = (rounding_seed, segment, number) if IS_STOCHASTIC else ()
         RULE: tl.constexpr = (update, IS_NESTEROV, IS_DECOUPLED)
         SHAPE: tl.constexpr = (ACCUMULATOR, CHUNK, BLOCK, VECTOR)
 
@@ -170,10 +170,7 @@ def _update(
     """Update a chunk; what has been gathered, as scalars."""
     arrays, length, is_aligned = place
     if is_aligned:
-        aligned = ()
-        for array in tl.static_range(len(arrays)):
-            aligned = aligned + (tl.multiple_of(arrays[array], 16),)
-        found = _update_blocks(aligned, SHAPE[1], True, numbers, gradient, REGIME, RULE, LOOK, SHAPE)
+        found = _update_blocks(arrays, SHAPE[1], True, numbers, gradient, REGIME, RULE, LOOK, SHAPE)
     else:
         found = _update_blocks(arrays, length, False, numbers, gradient, REGIME, RULE, LOOK, SHAPE)
     return found
@@ -206,39 +203,39 @@ def _update_blocks(
     for start in range(0, length, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         mask = None if IS_FULL else offsets < length
-        g = widened(tl.load(arrays[0] + offsets, mask=mask), ACCUMULATOR) * scale
-        w = widened(tl.load(arrays[1] + offsets, mask=mask), ACCUMULATOR)
-        states = ()
-        for state in tl.static_range(2, len(arrays)):
-            states = states + (widened(tl.load(arrays[state] + offsets, mask=mask), ACCUMULATOR),)
+        pointers = ()
+        loaded = ()
+        for array in tl.static_range(len(arrays)):
+            block = arrays[array] + start
+            if IS_FULL:
+                block = tl.multiple_of(block, 16)
+            pointers = pointers + (block + tl.arange(0, BLOCK),)
+            loaded = loaded + (widened(tl.load(pointers[array], mask=mask), ACCUMULATOR),)
+        g, w = loaded[0] * scale, loaded[1]
         if gradient is not None:
             pull = gradient(w, slopes, REGIME)
             if RULE[2]:
                 w -= pull
             else:
                 g += pull
-        w, states = update(w, g, states, rule, RULE[1])
-        entries = (w,) + states
-        if random is not None:
-            words = random_words(random[0], random[1], random[2], offsets)
-        for array in tl.static_range(len(entries)):
-            pointers = arrays[array + 1] + offsets
-            dtype: tl.constexpr = arrays[array + 1].dtype.element_ty
-            if random is not None and dtype == tl.bfloat16:
-                stored = rounded_stochastically(entries[array].to(tl.float32), words[array])
-            else:
-                stored = _narrowed(entries[array], dtype)
-            tl.store(pointers, stored, mask=mask)
+        w, states = update(w, g, loaded[2:], rule, RULE[1])
+        updated = (w,) + states
+        words = random_words(random[0], random[1], random[2], offsets) if len(random) > 0 else ()
+        for array in tl.static_range(len(updated)):
+            stored = _rounded(updated[array], arrays[array + 1].dtype.element_ty, words, array)
+            tl.store(pointers[array + 1], stored, mask=mask)
             if array == 0:
                 found = _joined(found, widened(stored, ACCUMULATOR), mask, anchors, LOOK, BLOCK, VECTOR)
     return _reduced(found, LOOK)
 
 
 @triton.jit
-def _narrowed(values, dtype: tl.constexpr):
-    # No processor rounds float64 to bfloat16 at once.
+def _rounded(values, dtype: tl.constexpr, words, array: tl.constexpr):
+    """Entries as they are stored in the array of that number; ``words`` are random, or none."""
     if dtype == tl.bfloat16:
-        stored = narrowed(values.to(tl.float32), dtype)
+        values = values.to(tl.float32)  # No processor rounds float64 to bfloat16 at once.
+    if dtype == tl.bfloat16 and len(words) > 0:
+        stored = rounded_stochastically(values, words[array])
     else:
         stored = narrowed(values, dtype)
     return stored
@@ -299,6 +296,8 @@ def _reduced(found, LOOK: tl.constexpr):
             reduced = reduced + (tl.max(found[field], axis=0),)
         else:
             reduced = reduced + (tl.min(found[field], axis=0),)
+    if len(found) == 0:
+        reduced = (tl.full((), 0, tl.int32),)  # The compiler has no branches that yield an empty tuple.
     return reduced
 
 

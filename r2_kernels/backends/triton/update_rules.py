@@ -27,20 +27,12 @@ class Rule(NamedTuple):
 
 
 @triton.jit
-def _quotient(numerator, denominator):
-    """Rounded to nearest; ``/`` is off by two units in the last place in float32."""
-    if numerator.dtype == tl.float32:
-        quotient = tl.div_rn(numerator, denominator)
-    else:
-        quotient = numerator / denominator
-    return quotient
-
-
-@triton.jit
 def _square_root(x):
-    """Rounded to nearest; ``tl.sqrt`` takes subnormal numbers for zero in float32."""
+    """To a unit in the last place or so. ``tl.sqrt`` takes what is subnormal in float32 for zero, so scale that up."""
     if x.dtype == tl.float32:
-        root = tl.sqrt_rn(x)
+        is_tiny = x < 2.0**-100
+        root = tl.sqrt(tl.where(is_tiny, x * 2.0**64, x))
+        root = tl.where(is_tiny, root * 2.0**-32, root)
     else:
         root = tl.sqrt(x)
     return root
@@ -67,7 +59,7 @@ def adamw_update(w, gradient, states, constants, IS_NESTEROV: tl.constexpr):
     if len(states) == 3:
         second = tl.where(states[2] > second, states[2], second)  # asked this way round, a NaN of the gradient stays
         updated = updated + (second,)
-    return decay * w - _quotient(step_size * first, _square_root(second) * inverse_root + eps), updated
+    return decay * w - step_size * first / (_square_root(second) * inverse_root + eps), updated
 
 
 # Gradient descent. Settings: momentum, dampening, weight decay. State: momentum_buffer, or none without momentum.
