@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from r2_kernels.backends.triton.reduce_kernels import _totals, load_scalar, merge_chunks
-from r2_kernels.backends.triton.stochastic_rounding import random_words, rounded_stochastically
+from r2_kernels.backends.triton.stochastic_rounding import rounded_stochastically, rounding_key
 from r2_kernels.backends.triton.storage import narrowed, widened
 
 
@@ -22,7 +22,7 @@ from r2_kernels.backends.triton.storage import narrowed, widened
 # counts         int64 (N,): the address of each tensor's count of steps, of dtype COUNT, or None
 # started        int8 (N,): whether its states have started, or None where all have
 # lr, grad_scale, found_inf, clip_coefficient   one number each, float32 or float64; all but lr may be None
-# setting0 to setting3   the rule's settings
+# setting0 to setting5   the rule's settings
 # rounding_seed  of bfloat16, where IS_STOCHASTIC
 # watched        how many tensors the penalty watches: the first of the list
 # parameters, next_parameters, coefficients   float32 or float64 with their strides, (watched,), or None
@@ -46,6 +46,8 @@ def step_chunks(
     setting1: tl.float64,
     setting2: tl.float64,
     setting3: tl.float64,
+    setting4: tl.float64,
+    setting5: tl.float64,
     rounding_seed: tl.int64,
     watched,
     parameters,
@@ -105,17 +107,18 @@ def step_chunks(
         sign = _float64(-1.0 if IS_MAXIMIZED else 1.0)
         scale = (sign * _gradient_scale(grad_scale, clip_coefficient)).to(ACCUMULATOR)
         is_first = segment < 0 if started is None else tl.load(started + segment) == 0
-        settings = (_float64(setting0), _float64(setting1), _float64(setting2), _float64(setting3))
+        settings = (_float64(setting0), _float64(setting1), _float64(setting2))
+        settings = settings + (_float64(setting3), _float64(setting4), _float64(setting5))
         step = _next_count(counts, segment, COUNT)
         rule = prepare_update(rate, settings, step, is_first, ACCUMULATOR)
-        random = (rounding_seed, segment, number) if IS_STOCHASTIC else ()
+        key = rounding_key(rounding_seed, segment, number) if IS_STOCHASTIC else ()
         RULE: tl.constexpr = (update, IS_NESTEROV, IS_DECOUPLED)
         SHAPE: tl.constexpr = (ACCUMULATOR, CHUNK, BLOCK, VECTOR)
 
         if STATISTICS == 0:
-            _update(place, (scale, rule, (), (), random), None, 0, RULE, (None, None, None), SHAPE)
+            _update(place, (scale, rule, (), (), key), None, 0, RULE, (None, None, None), SHAPE)
         elif segment >= watched:
-            _update(place, (scale, rule, (), (), random), None, 0, RULE, (None, None, None), SHAPE)
+            _update(place, (scale, rule, (), (), key), None, 0, RULE, (None, None, None), SHAPE)
         else:
             first = tl.load(segments + 3 * segment + 2) + number
             row = ()
@@ -128,7 +131,7 @@ def step_chunks(
             parameter = load_scalar(next_parameters, segment, next_parameter_stride)
             anchors = anchor((), parameter, ACCUMULATOR) if EXTREMES == 0 else ()
             LOOK: tl.constexpr = (None, None, terms) if EXTREMES == 0 else (extremes, neutral, None)
-            numbers = (scale, rule, slopes, anchors, random)
+            numbers = (scale, rule, slopes, anchors, key)
             if maxima is not None:
                 if tl.load(maxima + first) < row[0]:
                     found = _update(place, numbers, None, 0, RULE, LOOK, SHAPE)
@@ -177,7 +180,7 @@ def _update(
 
 
 # numbers   of the chunk: the gradients' scale, the rule's constants, the penalty's, the anchor of the terms to gather, or
-#           none, and what random bits follow from, or None
+#           none, and what random bits follow from, or nothing
 # gradient  the penalty's function, or None for no slope
 # RULE      the rule's function, whether it is Nesterov's momentum, whether the slope does not go through it
 # LOOK      what to gather: the penalty's extremes with their neutral elements, or its terms, or neither
@@ -194,7 +197,7 @@ def _update_blocks(
     LOOK: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    scale, rule, slopes, anchors, random = numbers
+    scale, rule, slopes, anchors, key = numbers
     update: tl.constexpr = RULE[0]
     ACCUMULATOR: tl.constexpr = SHAPE[0]
     BLOCK: tl.constexpr = SHAPE[2]
@@ -220,9 +223,8 @@ def _update_blocks(
                 g += pull
         w, states = update(w, g, loaded[2:], rule, RULE[1])
         updated = (w,) + states
-        words = random_words(random[0], random[1], random[2], offsets) if len(random) > 0 else ()
         for array in tl.static_range(len(updated)):
-            stored = _rounded(updated[array], arrays[array + 1].dtype.element_ty, words, array)
+            stored = _rounded(updated[array], arrays[array + 1].dtype.element_ty, key, offsets, array)
             tl.store(pointers[array + 1], stored, mask=mask)
             if array == 0:
                 found = _joined(found, widened(stored, ACCUMULATOR), mask, anchors, LOOK, BLOCK, VECTOR)
@@ -230,12 +232,12 @@ def _update_blocks(
 
 
 @triton.jit
-def _rounded(values, dtype: tl.constexpr, words, array: tl.constexpr):
-    """Entries as they are stored in the array of that number; ``words`` are random, or none."""
+def _rounded(values, dtype: tl.constexpr, key, offsets, ARRAY: tl.constexpr):
+    """Entries as they are stored in the array of that number, by a key stochastically."""
     if dtype == tl.bfloat16:
         values = values.to(tl.float32)  # No processor rounds float64 to bfloat16 at once.
-    if dtype == tl.bfloat16 and len(words) > 0:
-        stored = rounded_stochastically(values, words[array])
+    if dtype == tl.bfloat16 and len(key) > 0:
+        stored = rounded_stochastically(values, key, offsets, ARRAY)
     else:
         stored = narrowed(values, dtype)
     return stored

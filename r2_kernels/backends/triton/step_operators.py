@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def adamw_step_(
     _step(
         StepTensors(weights, gradients, states, steps, ()),
         Variant("adamw", len(states), False, maximize, is_decoupled, rounding_seed is not None),
-        (beta1, beta2, eps, weight_decay),
+        (beta1, beta2, _logarithm(beta1), _logarithm(beta2), eps, weight_decay),
         _Scaling(lr, grad_scale, found_inf, clip_coefficient),
         rounding_seed,
         _Regularization(penalty, parameter, next_parameter, statistics, partials, coefficients, is_decoupled),
@@ -119,7 +120,7 @@ def sgd_step_(
     _step(
         StepTensors(weights, gradients, states, (), started if has_momentum else ()),
         Variant("sgd", len(states), nesterov, maximize, is_decoupled, rounding_seed is not None),
-        (momentum, dampening, weight_decay, 0.0),
+        (momentum, dampening, weight_decay, 0.0, 0.0, 0.0),
         _Scaling(lr, grad_scale, found_inf, clip_coefficient),
         rounding_seed,
         _Regularization(penalty, parameter, next_parameter, statistics, partials, coefficients, is_decoupled),
@@ -170,7 +171,7 @@ def finish_constants(penalty: str | None, dtypes: Dtypes) -> dict[str, Any]:
 def _step(
     given: StepTensors,
     variant: Variant,
-    settings: tuple[float, float, float, float],
+    settings: tuple[float, ...],
     scaling: _Scaling,
     rounding_seed: int | None,
     regularization: _Regularization,
@@ -204,6 +205,10 @@ def _step(
             if penalty is not None or table.counts is not None:
                 arguments = (group.rows, table.counts, scaling.found_inf, *merged)
                 operators.launch(finish_tensors, len(group.rows), arguments, finish_constants(penalty, group.dtypes))
+
+
+def _logarithm(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
 
 
 def _strided(numbers: Tensor | None) -> tuple[Tensor | None, int]:

@@ -4,7 +4,7 @@ A rule is two functions that the step's kernel takes as compile-time arguments; 
 addresses:
 
     prepare  constants of a tensor's update, once in float64, rounded to the precision of its entries: from the learning
-             rate, the rule's settings (a tuple of four numbers in float64), which step of the tensor this is, and
+             rate, the rule's settings (a tuple of six numbers in float64), which step of the tensor this is, and
              whether its states are yet to start
     update   the new entries and their new states, from the old ones and the gradient
 
@@ -38,14 +38,13 @@ def _square_root(x):
     return root
 
 
-# AdamW. Settings: beta1, beta2, eps, weight decay. States: exp_avg, exp_avg_sq, and with AMSGrad max_exp_avg_sq.
+# AdamW. Settings: beta1, beta2, their logarithms, eps, weight decay. States: exp_avg, exp_avg_sq, and with AMSGrad max_exp_avg_sq.
 
 
 @triton.jit
 def adamw_prepare(lr, settings, step, is_first, dtype: tl.constexpr):
-    beta1, beta2, eps, weight_decay = settings
-    correction1 = 1 - tl.exp(step * tl.log(beta1))
-    correction2 = 1 - tl.exp(step * tl.log(beta2))
+    beta1, beta2, log_beta1, log_beta2, eps, weight_decay = settings
+    correction1, correction2 = 1 - tl.exp(step * log_beta1), 1 - tl.exp(step * log_beta2)
     constants = ((1 - lr * weight_decay).to(dtype), (1 - beta1).to(dtype), beta2.to(dtype), (1 - beta2).to(dtype))
     return constants + (eps.to(dtype), (lr / correction1).to(dtype), (1 / tl.sqrt(correction2)).to(dtype))
 
@@ -67,7 +66,7 @@ def adamw_update(w, gradient, states, constants, IS_NESTEROV: tl.constexpr):
 
 @triton.jit
 def sgd_prepare(lr, settings, step, is_first, dtype: tl.constexpr):
-    momentum, dampening, weight_decay, _ = settings
+    momentum, dampening, weight_decay, _, _, _ = settings
     share = tl.where(is_first, 1.0, 1 - dampening)
     return lr.to(dtype), momentum.to(dtype), share.to(dtype), weight_decay.to(dtype), is_first
 
