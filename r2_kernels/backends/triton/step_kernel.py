@@ -120,7 +120,6 @@ def step_chunks(
         elif segment >= watched:
             _update(place, (scale, rule, (), (), key), None, 0, RULE, (None, None, None), SHAPE)
         else:
-            first = tl.load(segments + 3 * segment + 2) + number
             row = ()
             for field in tl.static_range(STATISTICS):
                 row = row + (tl.load(statistics + segment * STATISTICS + field),)
@@ -128,12 +127,13 @@ def step_chunks(
             coefficient = load_scalar(coefficients, segment, coefficient_stride) * (rate if IS_DECOUPLED else sign)
             slopes = prepare(row, parameter, coefficient, ACCUMULATOR)
             # A penalty without extremes has its anchor from the parameter alone, and needs no second look.
-            parameter = load_scalar(next_parameters, segment, next_parameter_stride)
-            anchors = anchor((), parameter, ACCUMULATOR) if EXTREMES == 0 else ()
+            anchors = ()
+            if EXTREMES == 0:
+                anchors = anchor((), load_scalar(next_parameters, segment, next_parameter_stride), ACCUMULATOR)
             LOOK: tl.constexpr = (None, None, terms) if EXTREMES == 0 else (extremes, neutral, None)
             numbers = (scale, rule, slopes, anchors, key)
             if maxima is not None:
-                if tl.load(maxima + first) < row[0]:
+                if tl.load(maxima + tl.load(segments + 3 * segment + 2) + number) < row[0]:
                     found = _update(place, numbers, None, 0, RULE, LOOK, SHAPE)
                 else:
                     found = _update(place, numbers, gradient, 0, RULE, LOOK, SHAPE)
@@ -145,25 +145,57 @@ def step_chunks(
                     found = _update(place, numbers, gradient, 0, RULE, LOOK, SHAPE)
                 else:
                     found = _update(place, numbers, gradient, 1, RULE, LOOK, SHAPE)
-            sums += first
-            if EXTREMES == 0:
-                _store_fields(found, sums, all_chunks)
-            else:
-                anchors = anchor(found, parameter, ACCUMULATOR)
-                for field in tl.static_range(EXTREMES):
-                    tl.store(sums + field * all_chunks, anchors[field])
-                sums += EXTREMES * all_chunks
-                # Other threads may look at an entry than the one that has stored it.
-                tl.debug_barrier()
-                chosen = regime(anchors)
-                for REGIME in tl.static_range(REGIMES):
-                    if chosen == REGIME:
-                        if (length == CHUNK) & (address % 16 == 0):
-                            aligned = tl.multiple_of(weights, 16)
-                            totals = _totals(aligned, CHUNK, True, terms, REGIME, anchors, ACCUMULATOR, BLOCK, VECTOR)
-                        else:
-                            totals = _totals(weights, length, False, terms, REGIME, anchors, ACCUMULATOR, BLOCK, VECTOR)
-                        _store_fields(totals, sums, all_chunks)
+            LOOKS: tl.constexpr = (anchor, regime, terms, EXTREMES, REGIMES)
+            _store_gathered(
+                found, chunks, segments, next_parameters, next_parameter_stride, sums, all_chunks, LOOKS, DTYPE, SHAPE
+            )
+
+
+@triton.jit
+def _store_gathered(
+    found,
+    chunks,
+    segments,
+    parameters,
+    parameter_stride,
+    sums,
+    all_chunks,
+    LOOKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """What the first look has found, and where it has found extremes the sums of a second one."""
+    anchor: tl.constexpr = LOOKS[0]
+    regime: tl.constexpr = LOOKS[1]
+    terms: tl.constexpr = LOOKS[2]
+    EXTREMES: tl.constexpr = LOOKS[3]
+    CHUNK: tl.constexpr = SHAPE[1]
+    # Loaded once more, as the update needs the registers.
+    pid = tl.program_id(0).to(tl.int64)
+    segment = tl.load(chunks + 2 * pid).to(tl.int64)
+    number = tl.load(chunks + 2 * pid + 1).to(tl.int64)
+    sums += tl.load(segments + 3 * segment + 2) + number
+    if EXTREMES == 0:
+        _store_fields(found, sums, all_chunks)
+    else:
+        address = tl.load(segments + 3 * segment)
+        length = tl.minimum(tl.load(segments + 3 * segment + 1) - number * CHUNK, CHUNK).to(tl.int32)
+        weights = address.to(tl.pointer_type(DTYPE)) + number * CHUNK
+        anchors = anchor(found, load_scalar(parameters, segment, parameter_stride), SHAPE[0])
+        for field in tl.static_range(EXTREMES):
+            tl.store(sums + field * all_chunks, anchors[field])
+        sums += EXTREMES * all_chunks
+        # Other threads may look at an entry than the one that has stored it.
+        tl.debug_barrier()
+        chosen = regime(anchors)
+        for REGIME in tl.static_range(LOOKS[4]):
+            if chosen == REGIME:
+                if (length == CHUNK) & (address % 16 == 0):
+                    aligned = tl.multiple_of(weights, 16)
+                    totals = _totals(aligned, CHUNK, True, terms, REGIME, anchors, SHAPE[0], SHAPE[2], SHAPE[3])
+                else:
+                    totals = _totals(weights, length, False, terms, REGIME, anchors, SHAPE[0], SHAPE[2], SHAPE[3])
+                _store_fields(totals, sums, all_chunks)
 
 
 @triton.jit
@@ -213,7 +245,8 @@ def _update_blocks(
             if IS_FULL:
                 block = tl.multiple_of(block, 16)
             pointers = pointers + (block + tl.arange(0, BLOCK),)
-            loaded = loaded + (widened(tl.load(pointers[array], mask=mask), ACCUMULATOR),)
+            entries = tl.load(pointers[array]) if IS_FULL else tl.load(pointers[array], mask=mask, other=0.0)
+            loaded = loaded + (widened(entries, ACCUMULATOR),)
         g, w = loaded[0] * scale, loaded[1]
         if gradient is not None:
             pull = gradient(w, slopes, REGIME)
