@@ -92,17 +92,6 @@ def step_chunks(
         pid = tl.program_id(0).to(tl.int64)
         segment = tl.load(chunks + 2 * pid).to(tl.int64)
         number = tl.load(chunks + 2 * pid + 1).to(tl.int64)
-        length = tl.minimum(tl.load(segments + 3 * segment + 1) - number * CHUNK, CHUNK).to(tl.int32)
-        address, gradient_address = tl.load(segments + 3 * segment), tl.load(gradients + segment)
-        weights = address.to(tl.pointer_type(DTYPE)) + number * CHUNK
-        arrays = (gradient_address.to(tl.pointer_type(GRADIENT)) + number * CHUNK, weights)
-        addresses = address | gradient_address
-        for state in tl.static_range(STATES):
-            state_address = tl.load(states + segment * STATES + state)
-            arrays = arrays + (state_address.to(tl.pointer_type(STATE)) + number * CHUNK,)
-            addresses |= state_address
-        place = (arrays, length, (length == CHUNK) & (addresses % 16 == 0))
-
         rate = load_scalar(lr, 0, 1)
         sign = _float64(-1.0 if IS_MAXIMIZED else 1.0)
         scale = (sign * _gradient_scale(grad_scale, clip_coefficient)).to(ACCUMULATOR)
@@ -115,9 +104,13 @@ def step_chunks(
         RULE: tl.constexpr = (update, IS_NESTEROV, IS_DECOUPLED)
         SHAPE: tl.constexpr = (ACCUMULATOR, CHUNK, BLOCK, VECTOR)
 
+        DTYPES: tl.constexpr = (DTYPE, GRADIENT, STATE)
+
         if STATISTICS == 0:
+            place = _place(segment, number, segments, gradients, states, STATES, DTYPES, CHUNK)
             _update(place, (scale, rule, (), (), key), None, 0, RULE, (None, None, None), SHAPE)
         elif segment >= watched:
+            place = _place(segment, number, segments, gradients, states, STATES, DTYPES, CHUNK)
             _update(place, (scale, rule, (), (), key), None, 0, RULE, (None, None, None), SHAPE)
         else:
             row = ()
@@ -132,6 +125,7 @@ def step_chunks(
                 anchors = anchor((), load_scalar(next_parameters, segment, next_parameter_stride), ACCUMULATOR)
             LOOK: tl.constexpr = (None, None, terms) if EXTREMES == 0 else (extremes, neutral, None)
             numbers = (scale, rule, slopes, anchors, key)
+            place = _place(segment, number, segments, gradients, states, STATES, DTYPES, CHUNK)
             if maxima is not None:
                 if tl.load(maxima + tl.load(segments + 3 * segment + 2) + number) < row[0]:
                     found = _update(place, numbers, None, 0, RULE, LOOK, SHAPE)
@@ -149,6 +143,23 @@ def step_chunks(
             _store_gathered(
                 found, chunks, segments, next_parameters, next_parameter_stride, sums, all_chunks, LOOKS, DTYPE, SHAPE
             )
+
+
+@triton.jit
+def _place(
+    segment, number, segments, gradients, states, STATES: tl.constexpr, DTYPES: tl.constexpr, CHUNK: tl.constexpr
+):
+    """A chunk's arrays, gradient, weight and states; its length; whether it may be loaded 16 bytes at a time."""
+    length = tl.minimum(tl.load(segments + 3 * segment + 1) - number * CHUNK, CHUNK).to(tl.int32)
+    weight, gradient = tl.load(segments + 3 * segment), tl.load(gradients + segment)
+    arrays = (gradient.to(tl.pointer_type(DTYPES[1])) + number * CHUNK,)
+    arrays = arrays + (weight.to(tl.pointer_type(DTYPES[0])) + number * CHUNK,)
+    addresses = weight | gradient
+    for state in tl.static_range(STATES):
+        address = tl.load(states + segment * STATES + state)
+        arrays = arrays + (address.to(tl.pointer_type(DTYPES[2])) + number * CHUNK,)
+        addresses |= address
+    return arrays, length, (length == CHUNK) & (addresses % 16 == 0)
 
 
 @triton.jit

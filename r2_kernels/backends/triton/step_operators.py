@@ -19,6 +19,9 @@ from r2_kernels.backends.triton.step_table import Dtypes, StepGroup, StepTable, 
 from r2_kernels.backends.triton.update_rules import RULES
 from r2_kernels.penalties import CHUNK_SIZE, by_name
 
+# A thread's registers by the bytes of a weight: as few as NVIDIA's compiler can do with without spilling any.
+REGISTERS = {2: 80, 4: 64, 8: 128}
+
 
 class _Regularization(NamedTuple):
     """The penalty's arguments; ``docs``: ``r2_kernels.optimizer_ops``."""
@@ -154,6 +157,7 @@ def step_constants(
         "STATE": LANGUAGE_DTYPES[dtypes.state],
         "COUNT": LANGUAGE_DTYPES[dtypes.count],
         **{name: reduce[name] for name in ("ACCUMULATOR", "CHUNK", "BLOCK", "VECTOR", "num_warps")},
+        **({} if is_amd else {"maxnreg": REGISTERS[dtypes.weight.itemsize]}),
     }
 
 
