@@ -1,9 +1,10 @@
 """The Triton kernels: all tensors of a list in a constant number of launches, on NVIDIA and AMD GPUs.
 
 ``chunk_table.py`` cuts a list of tensors into chunks, ``reduce_kernels.py`` and ``apply_kernel.py`` are the skeletons
-over these, ``penalties.py`` what they compute, ``operators.py`` launches them. An optimizer's step is one more skeleton,
-``step_kernel.py``, with ``update_rules.py``, ``step_table.py`` and ``step_operators.py``. With ``TRITON_INTERPRET=1``,
-set before triton is imported, the same kernels are interpreted on tensors of the CPU: slowly, for tests.
+over these, ``penalties.py`` what they compute, ``operators.py`` launches them. An optimizer's step is one more
+skeleton, ``step_kernel.py``, with ``update_rules.py``, ``step_table.py`` and ``step_operators.py``. With
+``TRITON_INTERPRET=1``, set before triton is imported, the same kernels are interpreted on tensors of the CPU: slowly,
+for tests.
 """
 
 from __future__ import annotations

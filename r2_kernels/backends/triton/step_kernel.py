@@ -211,7 +211,13 @@ def _store_gathered(
 
 @triton.jit
 def _update(
-    place, numbers, gradient: tl.constexpr, REGIME: tl.constexpr, RULE: tl.constexpr, LOOK: tl.constexpr, SHAPE: tl.constexpr
+    place,
+    numbers,
+    gradient: tl.constexpr,
+    REGIME: tl.constexpr,
+    RULE: tl.constexpr,
+    LOOK: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Update a chunk; what has been gathered, as scalars."""
     arrays, length, is_aligned = place
@@ -222,8 +228,8 @@ def _update(
     return found
 
 
-# numbers   of the chunk: the gradients' scale, the rule's constants, the penalty's, the anchor of the terms to gather, or
-#           none, and what random bits follow from, or nothing
+# numbers   of the chunk: the gradients' scale, the rule's constants, the penalty's, the anchor of the terms to gather,
+#           what random bits follow from; empty where there are none
 # gradient  the penalty's function, or None for no slope
 # RULE      the rule's function, whether it is Nesterov's momentum, whether the slope does not go through it
 # LOOK      what to gather: the penalty's extremes with their neutral elements, or its terms, or neither

@@ -15,16 +15,16 @@ from r2_kernels.backends.triton import operators
 from r2_kernels.backends.triton.operators import EMPTY_ROWS, EXTREMES, LANGUAGE_DTYPES, REGIMES, SLOPE_REGIMES
 from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
 from r2_kernels.backends.triton.step_kernel import finish_tensors, step_chunks
-from r2_kernels.backends.triton.step_table import Dtypes, StepGroup, StepTable, StepTensors, find_tables
+from r2_kernels.backends.triton.step_table import Dtypes, StepTable, StepTensors, find_tables
 from r2_kernels.backends.triton.update_rules import RULES
 from r2_kernels.penalties import CHUNK_SIZE, by_name
 
 # A thread's registers by the bytes of a weight: as few as NVIDIA's compiler can do with without spilling any.
-REGISTERS = {2: 80, 4: 64, 8: 128}
+REGISTERS = {2: 96, 4: 64, 8: 128}
 
 
 class _Regularization(NamedTuple):
-    """The penalty's arguments; ``docs``: ``r2_kernels.optimizer_ops``."""
+    """The penalty's arguments, as in ``r2_kernels.optimizer_ops``."""
 
     penalty: str | None
     parameter: Tensor | None
@@ -134,7 +134,7 @@ def sgd_step_(
 def step_constants(
     penalty: str | None, dtypes: Dtypes, variant: Variant, is_amd: bool = torch.version.hip is not None
 ) -> dict[str, Any]:
-    """The compile-time arguments of ``step_chunks``: blocks and programs as of ``reduce_chunks``, whose sums it finds."""
+    """The compile-time arguments of ``step_chunks``: in blocks and programs as ``reduce_chunks``, whose sums it finds."""
     rule = RULES[variant.rule]
     functions = None if penalty is None else FUNCTIONS[penalty]
     names = ("prepare", "slope_regime", "gradient", "extremes", "neutral", "anchor", "regime", "terms")
@@ -204,8 +204,20 @@ def _step(
     with operators._on(device):
         for group in table.groups:
             if len(group.chunks):
-                arguments = (group.chunks, table.segments, *arrays, *numbers, *shared, statistics, maxima, sums, all_chunks)
-                operators.launch(step_chunks, len(group.chunks), arguments, step_constants(penalty, group.dtypes, variant))
+                arguments = (
+                    group.chunks,
+                    table.segments,
+                    *arrays,
+                    *numbers,
+                    *shared,
+                    statistics,
+                    maxima,
+                    sums,
+                    all_chunks,
+                )
+                operators.launch(
+                    step_chunks, len(group.chunks), arguments, step_constants(penalty, group.dtypes, variant)
+                )
             if penalty is not None or table.counts is not None:
                 arguments = (group.rows, table.counts, scaling.found_inf, *merged)
                 operators.launch(finish_tensors, len(group.rows), arguments, finish_constants(penalty, group.dtypes))
@@ -237,9 +249,7 @@ def _check_regularization(given: _Regularization, table: StepTable, device: torc
     shape = tuple(given.statistics.shape)
     watched = shape[0] if shape else -1
     if len(shape) != 2 or watched > count or (watched > 0) != (given.penalty is not None):
-        raise ValueError(
-            f"statistics: expected shape (W, S), W from 1 to {count}, or 0 without a penalty, got {shape}"
-        )
+        raise ValueError(f"statistics: expected shape (W, S), W from 1 to {count}, or 0 without a penalty, got {shape}")
     if given.penalty is None:
         return 0
     rule = by_name(given.penalty)
@@ -266,6 +276,4 @@ def _check_numbers(
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {numbers.dtype}")
     if tuple(numbers.shape) != shape or numbers.device != device:
-        raise ValueError(
-            f"{name}: expected shape {shape} on {device}, got {tuple(numbers.shape)} on {numbers.device}"
-        )
+        raise ValueError(f"{name}: expected shape {shape} on {device}, got {tuple(numbers.shape)} on {numbers.device}")

@@ -1,4 +1,4 @@
-"""The tables of an optimizer's step: where weights, gradients and states are, in chunks; checked when they are built."""
+"""The tables of an optimizer's step: where weights, gradients and states are, in chunks; checked as they are built."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class StepGroup(NamedTuple):
 class StepTable:
     """Where the weights of a list are, in chunks, and the states and counts of each.
 
-    ``segments`` is as in ``WeightTable``, and so are ``groups``, one for each combination of dtypes. ``states`` is int64
-    (N, kinds), the addresses of the states; ``counts`` int64 (N,), those of the counts of steps, or None; ``started``
-    int8 (N,), or None where all states have. ``first_chunks``, N + 1 numbers, says how many chunks the tensors before
-    each have.
+    ``segments`` is as in ``WeightTable``, and so are ``groups``, one for each combination of dtypes. ``states`` is
+    int64 (N, kinds), the addresses of the states; ``counts`` int64 (N,), those of the counts of steps, or None;
+    ``started`` int8 (N,), or None where all states have. ``first_chunks``, N + 1 numbers, says how many chunks the
+    tensors before each have.
     """
 
     def __init__(self, given: StepTensors, chunk_size: int) -> None:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def rounding_key(seed, segment, number):
-    """What a chunk's random bits follow from: two numbers of 32 bits, and (first, second) it is for its first array."""
+    """What a chunk's random bits follow from: two numbers of 32 bits."""
     key = _mixed(_mixed(_mixed(seed.to(tl.uint64)) + segment.to(tl.uint64)) + number.to(tl.uint64))
     return key.to(tl.uint32), (key >> 32).to(tl.uint32)
 
@@ -27,8 +27,8 @@ def _mixed(x):
 def rounded_stochastically(values, key, offsets, ARRAY: tl.constexpr):
     """float32 as bfloat16, each away from zero with a chance of its distance from the nearest one towards zero.
 
-    The random bits are C. Wellons' hash of least bias (nullprogram.com/blog/2018/07/31) of the offset in the chunk, with
-    half of the key at either end; ``ARRAY`` keeps those of weight and states apart.
+    The random bits are C. Wellons' hash of least bias (nullprogram.com/blog/2018/07/31) of the offset in the chunk,
+    with half of the key at either end; ``ARRAY`` keeps those of weight and states apart.
     """
     x = offsets.to(tl.uint32) ^ key[0]
     x = (x ^ (x >> 16)) * 0x7FEB352D

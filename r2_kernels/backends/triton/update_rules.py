@@ -38,7 +38,8 @@ def _square_root(x):
     return root
 
 
-# AdamW. Settings: beta1, beta2, their logarithms, eps, weight decay. States: exp_avg, exp_avg_sq, and with AMSGrad max_exp_avg_sq.
+# AdamW. Settings: beta1, beta2, their logarithms, eps, weight decay. States: exp_avg, exp_avg_sq, and with AMSGrad
+# max_exp_avg_sq.
 
 
 @triton.jit
