@@ -30,7 +30,7 @@ from r2_kernels.backends.triton.storage import narrowed, widened
 # maxima         float64 (chunks of the watched,), or None: chunks whose own is below their segment's have no slope
 # sums           float32 or float64 (SUMS, all_chunks): what is gathered of the new weights, written here
 # gradient and what follows of the penalty   None, and STATISTICS 0, where watched is 0
-@triton.jit(do_not_specialize=["rounding_seed"])
+@triton.jit(do_not_specialize=["rounding_seed", "watched"])
 def step_chunks(
     chunks,
     segments,
@@ -402,7 +402,7 @@ def _next_count(counts, segment, COUNT: tl.constexpr):
 # rows          int32 (tensors of this combination,): their rows in ``segments``
 # counts, found_inf, watched, COUNT   as above; the counts are written
 # and what ``merge_chunks`` takes, with ``parameters`` those that the sums were gathered with
-@triton.jit
+@triton.jit(do_not_specialize=["watched"])
 def finish_tensors(
     rows,
     counts,

@@ -32,7 +32,6 @@ class _Regularization(NamedTuple):
     statistics: Tensor
     partials: Tensor
     coefficients: Tensor
-    is_decoupled: bool
 
 
 class _Scaling(NamedTuple):
@@ -89,7 +88,7 @@ def adamw_step_(
         (beta1, beta2, _logarithm(beta1), _logarithm(beta2), eps, weight_decay),
         _Scaling(lr, grad_scale, found_inf, clip_coefficient),
         rounding_seed,
-        _Regularization(penalty, parameter, next_parameter, statistics, partials, coefficients, is_decoupled),
+        _Regularization(penalty, parameter, next_parameter, statistics, partials, coefficients),
     )
 
 
@@ -126,7 +125,7 @@ def sgd_step_(
         (momentum, dampening, weight_decay, 0.0, 0.0, 0.0),
         _Scaling(lr, grad_scale, found_inf, clip_coefficient),
         rounding_seed,
-        _Regularization(penalty, parameter, next_parameter, statistics, partials, coefficients, is_decoupled),
+        _Regularization(penalty, parameter, next_parameter, statistics, partials, coefficients),
     )
 
 
@@ -134,10 +133,11 @@ def sgd_step_(
 def step_constants(
     penalty: str | None, dtypes: Dtypes, variant: Variant, is_amd: bool = torch.version.hip is not None
 ) -> dict[str, Any]:
-    """The compile-time arguments of ``step_chunks``: in blocks and programs as ``reduce_chunks``, whose sums it finds."""
+    """The compile-time arguments of ``step_chunks``."""
     rule = RULES[variant.rule]
     functions = None if penalty is None else FUNCTIONS[penalty]
     names = ("prepare", "slope_regime", "gradient", "extremes", "neutral", "anchor", "regime", "terms")
+    # Blocks and programs as of ``reduce_chunks``, whose sums are to be found; these do not depend on the penalty.
     reduce = operators.reduce_constants(penalty or "linf", dtypes.weight, is_amd)
     return {
         "prepare_update": rule.prepare,
@@ -186,41 +186,33 @@ def _step(
     device = given.weights[0].device
     _check_scaling(scaling, device)
     watched = _check_regularization(regularization, table, device)
-    penalty = regularization.penalty if watched else None
-    all_chunks = table.first_chunks[watched]
-    numbers = (*scaling, *settings, 0 if rounding_seed is None else rounding_seed)
-    before, after, coefficients = regularization[1], regularization[2], regularization.coefficients
-    is_sparse = penalty is not None and by_name(penalty).is_sparse
-    maxima = regularization.partials if is_sparse else None
-    statistics = sums = values = None
+    penalty, parameter, next_parameter, statistics, partials, coefficients = regularization
+    chunks = table.first_chunks[watched]
+    gathered: tuple[Any, ...] = (None, chunks, None, None, None)
     if penalty is not None:
         dtype = torch.float64 if table.is_float64 else torch.float32
-        statistics = regularization.statistics
-        sums = statistics.new_empty((sums_per_chunk(penalty, table.is_float64), all_chunks), dtype=dtype)
+        sums = statistics.new_empty((sums_per_chunk(penalty, table.is_float64), chunks), dtype=dtype)
         values = statistics.new_empty(watched, dtype=dtype)
-    shared = (watched, *_strided(before), *_strided(after), *_strided(coefficients if watched else None))
-    arrays = (gradients.addresses, table.states, table.counts, table.started)
-    merged = (watched, table.segments, *_strided(after), sums, all_chunks, statistics, values, maxima)
+        gathered = (sums, chunks, statistics, values, partials if by_name(penalty).is_sparse else None)
+    sums, _, found, _, maxima = gathered
+    step_arguments = (
+        *(table.segments, gradients.addresses, table.states, table.counts, table.started),
+        *scaling,
+        *settings,
+        rounding_seed or 0,
+        watched,
+        *(*_strided(parameter), *_strided(next_parameter), *_strided(coefficients if watched else None)),
+        *(found, maxima, sums, chunks),
+    )
+    finish_arguments = (table.counts, scaling.found_inf, watched, table.segments, *_strided(next_parameter), *gathered)
     with operators._on(device):
         for group in table.groups:
             if len(group.chunks):
-                arguments = (
-                    group.chunks,
-                    table.segments,
-                    *arrays,
-                    *numbers,
-                    *shared,
-                    statistics,
-                    maxima,
-                    sums,
-                    all_chunks,
-                )
-                operators.launch(
-                    step_chunks, len(group.chunks), arguments, step_constants(penalty, group.dtypes, variant)
-                )
+                constants = step_constants(penalty, group.dtypes, variant)
+                operators.launch(step_chunks, len(group.chunks), (group.chunks, *step_arguments), constants)
             if penalty is not None or table.counts is not None:
-                arguments = (group.rows, table.counts, scaling.found_inf, *merged)
-                operators.launch(finish_tensors, len(group.rows), arguments, finish_constants(penalty, group.dtypes))
+                constants = finish_constants(penalty, group.dtypes)
+                operators.launch(finish_tensors, len(group.rows), (group.rows, *finish_arguments), constants)
 
 
 def _logarithm(beta: float) -> float:
