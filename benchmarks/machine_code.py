@@ -35,6 +35,18 @@ TARGETS = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STREAMING = ("reduce", "apply", "apply_")
+STEPS = {
+    "adamw": Variant("adamw", 2),
+    "adamw, stochastic": Variant("adamw", 2, is_stochastic=True),
+    "sgd, momentum": Variant("sgd", 1),
+}
+# Of the weights, the gradients, the states and the counts of steps.
+STEP_DTYPES = {
+    "float32": Dtypes(torch.float32, torch.float32, torch.float32, torch.float32),
+    "float32, bfloat16 gradients": Dtypes(torch.float32, torch.bfloat16, torch.float32, torch.float32),
+    "bfloat16, float32 states": Dtypes(torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
+    "bfloat16": Dtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
+}
 KERNELS = (*STREAMING, "merge", "finalize")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
