@@ -118,9 +118,8 @@ STEP_CASES = [
     ("adamw, stochastic", "bfloat16", "sm_90"),
     *(("adamw", dtypes, target) for dtypes in ("float32", "bfloat16") for target in ("sm_80", "sm_100")),
 ]
-# What a chunk's ends and sums take beyond the registers that let half of a processor's threads run: once a chunk, not
-# once an entry.
-STEP_SPILLS = {("soft_min_max", "float32", "sm_100"): 20}
+# One number of 64 bits, once a chunk.
+STEP_SPILLS = {("margin", "float32", "sm_100"): 2}
 
 
 @pytest.mark.parametrize("penalty", [None, *PENALTIES])
@@ -130,7 +129,7 @@ def test_machine_code_of_steps(step: str, dtypes: str, target: str, penalty: str
     code = read_step(compile_source(step_source("step", *arguments), target), *arguments)
     assert code.spills <= STEP_SPILLS.get((penalty, dtypes, target), 0), "registers are spilled"
     assert code.local == 0
-    assert code.occupancy >= (0.5 if STEP_DTYPES[dtypes].weight is torch.float32 else 0.3)
+    assert code.occupancy >= (0.5 if STEP_DTYPES[dtypes].weight is torch.float32 else 0.375)
     assert code.vector_loads > 0
     assert code.vector_stores > 0
     assert code.paths, "no path loads every entry of aligned arrays 16 bytes at a time"

@@ -224,7 +224,9 @@ def _update(
     if is_aligned:
         found = _update_blocks(arrays, SHAPE[1], True, numbers, gradient, REGIME, RULE, LOOK, SHAPE)
     else:
-        found = _update_blocks(arrays, length, False, numbers, gradient, REGIME, RULE, LOOK, SHAPE)
+        # Masks take registers, so in half blocks, unless these would change the order of sums.
+        TAIL: tl.constexpr = (SHAPE[0], SHAPE[1], SHAPE[2] // 2 if LOOK[2] is None else SHAPE[2], SHAPE[3])
+        found = _update_blocks(arrays, length, False, numbers, gradient, REGIME, RULE, LOOK, TAIL)
     return found
 
 

@@ -20,7 +20,7 @@ from r2_kernels.backends.triton.update_rules import RULES
 from r2_kernels.penalties import CHUNK_SIZE, by_name
 
 # A thread's registers by the bytes of a weight: as few as NVIDIA's compiler can do with without spilling any.
-REGISTERS = {2: 96, 4: 64, 8: 128}
+REGISTERS = {2: 80, 4: 64, 8: 128}
 
 
 class _Regularization(NamedTuple):
