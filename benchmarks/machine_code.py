@@ -265,7 +265,8 @@ def _basic_blocks(text: str) -> list[_Block]:
             ended = False
         predicate, opcode, operands = instruction.groups()
         blocks[-1].opcodes.append(opcode)
-        if opcode.startswith("BRA"):
+        # For sm_80, a loop may be left by a call that does not return, of a label and not of a function.
+        if opcode.startswith("BRA") or (opcode.startswith("CALL") and ".L_x_" in operands):
             is_conditional = predicate is not None or re.match(r"\s*!?U?P\d", operands) is not None
             target = re.search(r"\((\.L_x_\d+)\)", operands)
             assert target is not None, line
