@@ -1,8 +1,10 @@
 """The Triton kernels: all tensors of a list in a constant number of launches, on NVIDIA and AMD GPUs.
 
 ``chunk_table.py`` cuts a list of tensors into chunks, ``reduce_kernels.py`` and ``apply_kernel.py`` are the skeletons
-over these, ``penalties.py`` what they compute, ``operators.py`` launches them. With ``TRITON_INTERPRET=1``, set before
-triton is imported, the same kernels are interpreted on tensors of the CPU: slowly, for tests.
+over these, ``penalties.py`` what they compute, ``operators.py`` launches them. An optimizer's step is one more
+skeleton, ``step_kernel.py``, with ``update_rules.py``, ``step_table.py`` and ``step_operators.py``. With
+``TRITON_INTERPRET=1``, set before triton is imported, the same kernels are interpreted on tensors of the CPU: slowly,
+for tests.
 """
 
 from __future__ import annotations
@@ -20,8 +22,19 @@ DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
 if triton is not None:
     from r2_kernels.backends.triton.operators import apply, apply_, finalize, reduce, reduce_apply_
+    from r2_kernels.backends.triton.step_operators import adamw_step_, sgd_step_
 
-    __all__ = ["DEVICE_TYPES", "apply", "apply_", "finalize", "reduce", "reduce_apply_", "why_unavailable"]
+    __all__ = [
+        "DEVICE_TYPES",
+        "adamw_step_",
+        "apply",
+        "apply_",
+        "finalize",
+        "reduce",
+        "reduce_apply_",
+        "sgd_step_",
+        "why_unavailable",
+    ]
     if triton.knobs.runtime.interpret:
         DEVICE_TYPES = ("cuda", "cpu")
 

@@ -22,6 +22,7 @@ from r2_kernels.backends.triton.checks import check_gradients, check_weights
 CACHED_LISTS = 32
 
 Entry = TypeVar("Entry")
+Kind = TypeVar("Kind")
 
 
 class Group(NamedTuple):
@@ -93,24 +94,25 @@ class DestinationTable:
 
 
 def plan(
-    addresses: Sequence[int], sizes: Sequence[int], dtypes: Sequence[torch.dtype], chunk_size: int
-) -> tuple[Tensor, list[tuple[torch.dtype, Tensor, Tensor]], int]:
-    """``segments``, (dtype, ``chunks``, ``rows``) of each dtype, all on the CPU, and the number of chunks in all.
+    addresses: Sequence[int], sizes: Sequence[int], kinds: Sequence[Kind], chunk_size: int
+) -> tuple[Tensor, list[tuple[Kind, Tensor, Tensor]], int]:
+    """``segments``, (kind, ``chunks``, ``rows``) of each kind, all on the CPU, and the number of chunks in all.
 
-    The sizes may be anything up to 2^63 - 1: all arithmetic on them is of 64 bits.
+    A kind is what one launch can work on: a dtype, or a combination of several. The sizes may be anything up to
+    2^63 - 1: all arithmetic on them is of 64 bits.
     """
     numel = torch.tensor(sizes, dtype=torch.int64)
     counts = (numel + (chunk_size - 1)).div(chunk_size, rounding_mode="floor")
     first = counts.cumsum(0) - counts
     segments = torch.stack([torch.tensor(addresses, dtype=torch.int64), numel, first], 1)
     groups = []
-    for dtype in dict.fromkeys(dtypes):
-        rows = torch.tensor([index for index, other in enumerate(dtypes) if other is dtype])
+    for kind in dict.fromkeys(kinds):
+        rows = torch.tensor([index for index, other in enumerate(kinds) if other == kind])
         chunk_counts = counts[rows]
         owner = torch.repeat_interleave(rows, chunk_counts)
         starts = torch.repeat_interleave(chunk_counts.cumsum(0) - chunk_counts, chunk_counts)
         chunks = torch.stack([owner, torch.arange(len(owner)) - starts], 1)
-        groups.append((dtype, chunks.to(torch.int32), rows.to(torch.int32)))
+        groups.append((kind, chunks.to(torch.int32), rows.to(torch.int32)))
     return segments, groups, int(counts.sum())
 
 
