@@ -43,6 +43,14 @@ class PostTrainingQuantization:
             ]
         )
 
+    @property
+    def family(self) -> str:
+        """All settings but the bits of weights, in words."""
+        words = ["PTQ", self.scheme, "per channel" if self.is_per_channel else "per tensor"]
+        words += [f"{self.activation_bits}-bit activations"] if self.activation_bits is not None else []
+        words += [] if self.has_reestimation else ["no re-estimation"]
+        return ", ".join(words)
+
     def apply(self, model: nn.Module, dataset: Dataset, seed: int) -> nn.Module:
         """A quantized copy, in evaluation mode."""
         compressed = quantized(model, self.bits, self.scheme, self.is_per_channel).eval()

@@ -1,0 +1,54 @@
+"""Text that every machine has: the sources of Python's standard library, as bytes."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.compression.splits import Dataset, TensorSplit
+
+VOCABULARY = 256
+LENGTH = 128  # bytes of a sequence
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+MEASURED_EVERY = 20  # of the files, one in so many is validation, another is test
+
+
+def standard_library() -> Path:
+    """Where the sources are."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def text(folder: Path, subset: int | None = None) -> Dataset:
+    """Next-byte prediction on a folder's Python files; whole files are training, validation or test.
+
+    Args:
+        subset: train with so many sequences only, the same always.
+
+    Raises:
+        FileNotFoundError: no folder, or no Python files in it.
+    """
+    files = sorted(path for path in folder.rglob("*.py") if not LEFT_OUT.intersection(path.relative_to(folder).parts))
+    if len(files) < 2 * MEASURED_EVERY:
+        raise FileNotFoundError(
+            f"--data: expected a folder of at least {2 * MEASURED_EVERY} Python files, got {folder}"
+        )
+    parts: dict[str, list[Path]] = {"train": [], "validation": [], "test": []}
+    for index, path in enumerate(files):
+        name = {0: "validation", 1: "test"}.get(index % MEASURED_EVERY, "train")
+        parts[name].append(path)
+    sequences = {name: _sequences(paths) for name, paths in parts.items()}
+    if subset is not None:
+        chosen = torch.randperm(len(sequences["train"]), generator=torch.Generator().manual_seed(0))[:subset]
+        sequences["train"] = sequences["train"][chosen]
+    splits = {name: TensorSplit(tokens[:, :-1], tokens[:, 1:]) for name, tokens in sequences.items()}
+    return Dataset(**splits, classes=VOCABULARY, shape=(LENGTH,))
+
+
+def _sequences(paths: list[Path]) -> Tensor:
+    """The files end to end, cut into int64 (N, LENGTH + 1), each beginning with the byte that the last ended with."""
+    joined = b"".join(path.read_bytes() for path in paths)
+    tokens = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+    return tokens.unfold(0, LENGTH + 1, LENGTH).long()
