@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from benchmarks.compression.dataset import Dataset
 from benchmarks.compression.regularization import Regularization
-from benchmarks.compression.splits import Dataset
 from benchmarks.compression.training import Training
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.compression.augmentation import crop_and_flip
-from benchmarks.compression.splits import Dataset, TensorSplit
+from benchmarks.compression.dataset import Dataset
+from benchmarks.compression.splits import TensorSplit
 
 CLASSES = 10
 VALIDATION_PER_CLASS = 500

@@ -6,12 +6,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from benchmarks.compression.cifar10 import cifar10
+from benchmarks.compression.dataset import Dataset
 from benchmarks.compression.digits import digits
 from benchmarks.compression.image_folder import image_folder
-from benchmarks.compression.splits import Dataset
+from benchmarks.compression.sentence_transformer import distillation
 from benchmarks.compression.text import standard_library, text
 
-DATASETS = ("digits", "cifar10", "images", "text")
+DATASETS = ("digits", "cifar10", "images", "text", "sentences")
 PIXELS = 224  # of image folders
 
 
@@ -20,9 +21,10 @@ def load(name: str, folder: Path | None, cache: Path, subset: int | None) -> Dat
     """The dataset, read once in each process.
 
     Args:
-        folder: where it is; digits need none, text is the standard library's sources unless a folder is given.
+        folder: where it is; digits need none, text and sentences are the standard library's
+            unless a folder is given.
         cache: a folder where what is decoded may be kept.
-        subset: train with so many inputs only (CIFAR-10 and text).
+        subset: train with so many inputs only (CIFAR-10, text and sentences).
 
     Raises:
         ValueError: an unknown name, a folder that is missing or one that is not used, a subset that cannot be had.
@@ -40,6 +42,8 @@ def load(name: str, folder: Path | None, cache: Path, subset: int | None) -> Dat
         return digits()
     if name == "text":
         return text(folder or standard_library(), subset)
+    if name == "sentences":
+        return distillation(folder or standard_library(), cache, subset)
     assert folder is not None
     if not folder.is_dir():
         raise FileNotFoundError(f"--data: expected a folder, but there is none at {folder}")

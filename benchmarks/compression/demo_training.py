@@ -15,7 +15,7 @@ from benchmarks.compression.mobilenet_v1 import small_mobilenet
 from benchmarks.compression.quantize import SCHEMES, quantized
 from benchmarks.compression.regularization import Regularization
 from benchmarks.compression.splits import Batch, TensorSplit
-from benchmarks.compression.training import descend, parameter_groups
+from benchmarks.compression.training import Stepper, descend, parameter_groups
 
 BITS = (8, 4, 3, 2)
 # The layer whose weights are shown: the last 1 × 1 convolution, the largest of the network.
@@ -70,7 +70,7 @@ def fit(settings: Regularization, seed: int, steps: int, split: TensorSplit) -> 
     groups = parameter_groups(model, regularizer, settings, weight_decay=5e-4)
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    descend(model, _random_batches(split, steps), optimizer, schedule, regularizer)
+    descend(model, _random_batches(split, steps), Stepper(optimizer, schedule, regularizer))
     return model.eval()
 
 

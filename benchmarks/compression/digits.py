@@ -6,7 +6,8 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from benchmarks.compression.splits import Dataset, TensorSplit
+from benchmarks.compression.dataset import Dataset
+from benchmarks.compression.splits import TensorSplit
 
 
 def digits() -> Dataset:

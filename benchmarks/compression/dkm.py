@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.compression.splits import Dataset
-from benchmarks.compression.training import Training, descend, warm_up_and_cosine
+from benchmarks.compression.dataset import Dataset
+from benchmarks.compression.training import Stepper, Training, descend, warm_up_and_cosine
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class Palettization:
         optimizer = self.training.make_optimizer(
             [{"params": list(compressed.parameters()), "weight_decay": self.training.weight_decay}]
         )
-        schedule = warm_up_and_cosine(optimizer, self.training.epochs * (len(dataset.train) // self.training.batch))
+        steps = self.training.epochs * (len(dataset.train) // self.training.batch)
+        stepper = Stepper(optimizer, warm_up_and_cosine(optimizer, steps))
         generator = torch.Generator().manual_seed(seed)
         compressed.train()
         for _ in range(self.training.epochs):
             for batch in dataset.train.batches(self.training.batch, generator):
-                descend(compressed, [batch], optimizer, schedule, is_bfloat16=self.training.is_bfloat16)
+                descend(compressed, [batch], stepper, dataset.loss, self.training.is_bfloat16)
                 palettizer.step()
         return palettizer.finalize().eval()
 

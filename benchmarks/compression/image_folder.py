@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.compression.splits import Batch, Dataset
+from benchmarks.compression.dataset import Dataset
+from benchmarks.compression.splits import Batch
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 # ImageNet's, in units of 0 to 1, which every pretrained network of it uses.

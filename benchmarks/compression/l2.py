@@ -17,9 +17,11 @@ class L2Regularizer:
 
     @torch.no_grad()
     def add_gradients_(self) -> None:
-        """strength · w, to gradients that are there."""
-        gradients = [weight.grad for weight in self._weights]
-        torch._foreach_add_(gradients, self._weights, alpha=self.strength)
+        """strength · w."""
+        for weight in self._weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad.add_(weight, alpha=self.strength)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """None to learn: the weights are the model's."""

@@ -8,16 +8,18 @@ from benchmarks.compression import mobilenet_v1, mobilenet_v2
 from benchmarks.compression.mobilenet_v1 import MobileNetV1
 from benchmarks.compression.mobilenet_v2 import MobileNetV2
 from benchmarks.compression.resnet18 import ResNet18
+from benchmarks.compression.sentence_transformer import SentenceTransformer
 from benchmarks.compression.transformer import ByteTransformer
 
 IMAGE_MODELS = ("MobileNetV1", "MobileNetV2", "ResNet-18")
-MODELS = (*IMAGE_MODELS, "transformer")
+TEXT_MODELS = ("transformer", "MiniLM")
+MODELS = (*IMAGE_MODELS, *TEXT_MODELS)
 SMALLEST_FOR_FULL_DEPTH = 32  # pixels: MobileNets shrink 8 × 8 images with fewer blocks, or nothing would be left
 SMALLEST_FOR_STRIDE = 64  # pixels: from here on the stem has ImageNet's stride
 
 
 def build(name: str, shape: tuple[int, ...], classes: int, width: float) -> nn.Module:
-    """The network for inputs of this shape; ``width`` multiplies the channels that its paper gives.
+    """The network for inputs of this shape; ``width`` multiplies the channels that its paper gives (not MiniLM's).
 
     Raises:
         ValueError: an unknown name, a width that leaves no channels, or inputs of another kind.
@@ -26,9 +28,11 @@ def build(name: str, shape: tuple[int, ...], classes: int, width: float) -> nn.M
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
     if not width > 0:
         raise ValueError(f"width: expected a positive number, got {width}")
-    expected = 1 if name == "transformer" else 3
+    expected = 1 if name in TEXT_MODELS else 3
     if len(shape) != expected:
         raise ValueError(f"model: {name} is for inputs of {expected} dimensions, not of shape {shape}")
+    if name == "MiniLM":
+        return SentenceTransformer()
     if name == "transformer":
         return ByteTransformer(classes, length=shape[0], width=_channels(256, width), layers=4)
     channels, pixels = shape[0], shape[1]

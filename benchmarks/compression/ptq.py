@@ -10,8 +10,8 @@ from torch import nn
 
 from benchmarks.compression.activations import quantize_activations_
 from benchmarks.compression.batch_norm import reestimate_
+from benchmarks.compression.dataset import Dataset
 from benchmarks.compression.quantize import quantized
-from benchmarks.compression.splits import Dataset
 
 CALIBRATION_BATCH = 100
 CALIBRATION_BATCHES = 20

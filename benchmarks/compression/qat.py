@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.compression.dataset import Dataset
 from benchmarks.compression.quantized_layer import QuantizedLayer
-from benchmarks.compression.splits import Dataset
-from benchmarks.compression.training import Training, descend, warm_up_and_cosine
+from benchmarks.compression.training import Stepper, Training, descend, warm_up_and_cosine
 
 CALIBRATION_BATCH = 250
 EWGS_DELTA = 1e-3
@@ -58,12 +58,12 @@ class QuantizationAwareTraining:
             ]
         )
         steps = self.training.epochs * (len(dataset.train) // self.training.batch)
-        schedule = warm_up_and_cosine(optimizer, steps)
+        stepper = Stepper(optimizer, warm_up_and_cosine(optimizer, steps))
         generator = torch.Generator().manual_seed(seed)
         compressed.train()
         for _ in range(self.training.epochs):
             batches = dataset.train.batches(self.training.batch, generator)
-            descend(compressed, batches, optimizer, schedule, is_bfloat16=self.training.is_bfloat16)
+            descend(compressed, batches, stepper, dataset.loss, self.training.is_bfloat16)
         return compressed.eval()
 
 

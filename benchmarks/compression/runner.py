@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from benchmarks.compression import datasets
-from benchmarks.compression.accuracy import accuracy
 from benchmarks.compression.cells import Compression, Network
+from benchmarks.compression.dataset import Dataset
 from benchmarks.compression.models import build
-from benchmarks.compression.splits import Dataset
 from benchmarks.compression.storage import Storage
 from benchmarks.compression.training import train
 from benchmarks.compression.workers import start_worker
@@ -117,7 +116,7 @@ def _train(network: Network, dataset: Dataset, storage: Storage) -> dict[str, An
         model.load_state_dict(storage.weights(network.finetuned_from))
     start = time.perf_counter()
     try:
-        history = train(model, dataset.train, network.training, network.regularization, network.seed)
+        history = train(model, dataset, network.training, network.regularization, network.seed)
     except FloatingPointError as error:  # A result too: with these settings the network cannot be trained.
         result: dict[str, Any] = {"failure": str(error), **_circumstances()}
         storage.keep(network, None, result)
@@ -138,8 +137,8 @@ def _compress(model: nn.Module, network: Network, compression: Compression, data
 
 def _measured(model: nn.Module, dataset: Dataset, seconds: float) -> dict[str, Any]:
     return {
-        "validation": accuracy(model, dataset.validation),
-        "test": accuracy(model, dataset.test),
+        "validation": dataset.score(model, dataset.validation),
+        "test": dataset.score(model, dataset.test),
         "seconds": seconds,
         **_circumstances(),
     }

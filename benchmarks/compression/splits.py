@@ -1,4 +1,4 @@
-"""What a network is trained and measured on: three splits, each of which gives batches."""
+"""Inputs with labels, which come in batches."""
 
 from __future__ import annotations
 
@@ -67,19 +67,3 @@ class TensorSplit:
         assert self.mean is not None
         assert self.deviation is not None
         return (inputs.float() - self.mean[:, None, None]) / self.deviation[:, None, None]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Networks are trained on ``train``, settings chosen by ``validation``; ``test`` is only reported.
-
-    Args:
-        classes: how many labels there are (of tokens: the vocabulary).
-        shape: of one input, (C, H, W) or (T,).
-    """
-
-    train: Split
-    validation: Split
-    test: Split
-    classes: int
-    shape: tuple[int, ...]

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.compression.splits import Dataset, TensorSplit
+from benchmarks.compression.dataset import Dataset
+from benchmarks.compression.splits import TensorSplit
 
 VOCABULARY = 256
 LENGTH = 128  # bytes of a sequence
@@ -30,6 +31,20 @@ def text(folder: Path, subset: int | None = None) -> Dataset:
     Raises:
         FileNotFoundError: no folder, or no Python files in it.
     """
+    sequences = {name: _sequences(paths) for name, paths in python_files(folder).items()}
+    if subset is not None:
+        chosen = torch.randperm(len(sequences["train"]), generator=torch.Generator().manual_seed(0))[:subset]
+        sequences["train"] = sequences["train"][chosen]
+    splits = {name: TensorSplit(tokens[:, :-1], tokens[:, 1:]) for name, tokens in sequences.items()}
+    return Dataset(**splits, classes=VOCABULARY, shape=(LENGTH,))
+
+
+def python_files(folder: Path) -> dict[str, list[Path]]:
+    """A folder's Python files by split.
+
+    Raises:
+        FileNotFoundError: fewer than make splits.
+    """
     files = sorted(path for path in folder.rglob("*.py") if not LEFT_OUT.intersection(path.relative_to(folder).parts))
     if len(files) < 2 * MEASURED_EVERY:
         raise FileNotFoundError(
@@ -39,12 +54,7 @@ def text(folder: Path, subset: int | None = None) -> Dataset:
     for index, path in enumerate(files):
         name = {0: "validation", 1: "test"}.get(index % MEASURED_EVERY, "train")
         parts[name].append(path)
-    sequences = {name: _sequences(paths) for name, paths in parts.items()}
-    if subset is not None:
-        chosen = torch.randperm(len(sequences["train"]), generator=torch.Generator().manual_seed(0))[:subset]
-        sequences["train"] = sequences["train"][chosen]
-    splits = {name: TensorSplit(tokens[:, :-1], tokens[:, 1:]) for name, tokens in sequences.items()}
-    return Dataset(**splits, classes=VOCABULARY, shape=(LENGTH,))
+    return parts
 
 
 def _sequences(paths: list[Path]) -> Tensor:

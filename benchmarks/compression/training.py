@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from benchmarks.compression.dataset import Dataset, cross_entropy
 from benchmarks.compression.regularization import Regularization, Regularizer
-from benchmarks.compression.splits import Batch, Split
+from benchmarks.compression.splits import Batch
 
 WARM_UP = 0.1  # of all steps: the learning rate rises from zero
 OPTIMIZERS = ("sgd", "adamw")
@@ -28,6 +29,9 @@ class Training:
         optimizer: "sgd" (with Nesterov momentum 0.9) or "adamw".
         learning_rate: the highest, after a tenth of the steps; then it falls as a cosine, to zero.
         is_bfloat16: compute under bfloat16 autocast; weights stay float32.
+        is_decoupled: the penalties take a step of plain gradient descent of their own, of length strength times
+            gradient where the learning rate is highest, as AdamW's weight decay does. (In Adam's step an outlier would
+            move as fast as any other weight, whatever the strength.)
     """
 
     epochs: int
@@ -36,6 +40,7 @@ class Training:
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
     is_bfloat16: bool = False
+    is_decoupled: bool = False
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         if self.optimizer == "sgd":
@@ -58,7 +63,7 @@ def parameter_groups(
 
 
 def train(
-    model: nn.Module, split: Split, training: Training, regularization: Regularization, seed: int
+    model: nn.Module, dataset: Dataset, training: Training, regularization: Regularization, seed: int
 ) -> list[dict[str, Any]]:
     """Train the model in place and leave it in evaluation mode.
 
@@ -67,24 +72,80 @@ def train(
     """
     generator = torch.Generator().manual_seed(seed)
     regularizer = regularization.regularizer(model)
-    optimizer = training.make_optimizer(parameter_groups(model, regularizer, regularization, training.weight_decay))
-    schedule = warm_up_and_cosine(optimizer, training.epochs * (len(split) // training.batch))
+    stepper = _stepper(model, training, regularizer, regularization, len(dataset.train) // training.batch)
     history = [{"epoch": 0, "loss": None, "max_over_std": max_over_std(model)}]
     model.train()
     for epoch in range(1, training.epochs + 1):
-        batches = split.batches(training.batch, generator)
-        loss = descend(model, batches, optimizer, schedule, regularizer, training.is_bfloat16)
+        batches = dataset.train.batches(training.batch, generator)
+        loss = descend(model, batches, stepper, dataset.loss, training.is_bfloat16)
         history.append({"epoch": epoch, "loss": loss, "max_over_std": max_over_std(model)})
     model.eval()
     return history
 
 
+def _stepper(
+    model: nn.Module,
+    training: Training,
+    regularizer: Regularizer | None,
+    regularization: Regularization,
+    steps_per_epoch: int,
+) -> Stepper:
+    steps = training.epochs * steps_per_epoch
+    if regularizer is None or not training.is_decoupled:
+        groups = parameter_groups(model, regularizer, regularization, training.weight_decay)
+        optimizer = training.make_optimizer(groups)
+        return Stepper(optimizer, warm_up_and_cosine(optimizer, steps), regularizer)
+    optimizer = training.make_optimizer(parameter_groups(model, None, regularization, training.weight_decay))
+    own = torch.optim.SGD(parameter_groups(model, regularizer, regularization, weight_decay=0.0), lr=1.0)
+    return DecoupledStepper(
+        optimizer,
+        warm_up_and_cosine(optimizer, steps),
+        regularizer,
+        own_optimizer=own,
+        own_schedule=warm_up_and_cosine(own, steps),
+    )
+
+
+@dataclass
+class Stepper:
+    """What happens between backward and the next batch."""
+
+    optimizer: Optimizer
+    schedule: LRScheduler
+    regularizer: Regularizer | None = None
+
+    def step(self) -> None:
+        """One step along the gradients of the task and of the penalty."""
+        if self.regularizer is not None:
+            self.regularizer.add_gradients_()
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+
+
+@dataclass
+class DecoupledStepper(Stepper):
+    """First a step along the task's gradients, then one along the penalty's."""
+
+    own_optimizer: Optimizer = field(kw_only=True)
+    own_schedule: LRScheduler = field(kw_only=True)
+
+    def step(self) -> None:
+        """Two steps."""
+        self.optimizer.step()
+        self.schedule.step()
+        self.own_optimizer.zero_grad()
+        self.regularizer.add_gradients_()
+        self.own_optimizer.step()
+        self.own_schedule.step()
+        self.own_optimizer.zero_grad()
+
+
 def descend(
     model: nn.Module,
     batches: Iterable[Batch],
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    regularizer: Regularizer | None = None,
+    stepper: Stepper,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     is_bfloat16: bool = False,
 ) -> float:
     """One step for each batch; the mean of the losses.
@@ -94,15 +155,11 @@ def descend(
     """
     losses = []
     for inputs, labels in batches:
-        optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16) if is_bfloat16 else nullcontext():
-            logits = model(inputs)
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+            outputs = model(inputs)
+        loss = loss_of(outputs, labels)
         loss.backward()
-        if regularizer is not None:
-            regularizer.add_gradients_()
-        optimizer.step()
-        schedule.step()
+        stepper.step()
         losses.append(loss.detach())
     mean = torch.stack(losses).mean().item()
     if not math.isfinite(mean):
