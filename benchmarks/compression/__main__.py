@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         start = time.perf_counter()
         try:
-            study.run(Runner(options.data, options.output, options.workers), _log)
+            study.run(Runner(options.data, options.output, options.workers, options.device), _log)
         except KeyboardInterrupt:
             _log("interrupted: finished cells are kept; the same command goes on")
             return 130
@@ -86,6 +86,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--seeds", type=int, help="seeds 0 up to this (default: the study's)")
         if name == "run":
             command.add_argument("--data", type=Path, help="folder of the dataset; digits need none")
+            command.add_argument(
+                "--device",
+                choices=("cpu", "cuda"),
+                default="cuda" if torch.cuda.is_available() else "cpu",
+                help="what to compute on (default: a GPU if there is one)",
+            )
             command.add_argument(
                 "--workers", type=int, default=cores(), help="processes of one thread each (default: one for each core)"
             )

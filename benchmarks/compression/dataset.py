@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+import torch
+from torch import Generator, Tensor, nn
 
 from benchmarks.compression.accuracy import accuracy
-from benchmarks.compression.splits import Split
+from benchmarks.compression.splits import Batch, Split
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -34,3 +35,25 @@ class Dataset:
     shape: tuple[int, ...]
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     score: Callable[[nn.Module, Split], float] = accuracy
+
+    def on(self, device: torch.device) -> Dataset:
+        """The same with all batches on this device."""
+        if device.type == "cpu":
+            return self
+        train, validation, test = (OnDevice(split, device) for split in (self.train, self.validation, self.test))
+        return replace(self, train=train, validation=validation, test=test)
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A split whose batches are moved as they come."""
+
+    split: Split
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batches(self, size: int, generator: Generator | None = None) -> Iterator[Batch]:
+        for inputs, labels in self.split.batches(size, generator):
+            yield inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)

@@ -42,15 +42,17 @@ class Runner:
         data: the dataset's folder, where it needs one.
         output: the results' folder.
         workers: how many processes; with one, everything runs in this one.
+        device: "cpu" or "cuda".
     """
 
     data: Path | None
     output: Path
     workers: int = 1
+    device: str = "cpu"
 
     def run(self, jobs: Sequence[Job], log: Log) -> None:
         """Finish all cells of the jobs; what is finished already is not touched."""
-        work = partial(run_job, data=self.data, output=self.output)
+        work = partial(run_job, runner=self)
         if self.workers == 1:
             for job in jobs:
                 _tell(work(job), log)
@@ -73,22 +75,23 @@ def _tell(lines: Iterable[str], log: Log) -> None:
         log(line)
 
 
-def run_job(job: Job, data: Path | None, output: Path) -> list[str]:
+def run_job(job: Job, runner: Runner) -> list[str]:
     """Finish the cells of one network; a line for each that was not finished before."""
-    storage = Storage(output)
+    storage = Storage(runner.output)
     network = job.network
     lines = []
     finished = storage.cell(network, None)
     missing = [compression for compression in job.compressions if storage.cell(network, compression) is None]
     if finished is not None and (not missing or "failure" in finished):
         return lines
-    dataset = datasets.load(network.data, data, output / "cache", network.subset)
+    device = torch.device(runner.device)
+    dataset = datasets.load(network.data, runner.data, runner.output / "cache", network.subset).on(device)
     if finished is None:
-        finished = _train(network, dataset, storage)
+        finished = _train(network, dataset, storage, device)
         lines.append(_line(network, None, finished))
         if "failure" in finished:
             return lines
-    model = _build(network, dataset)
+    model = _build(network, dataset, device)
     model.load_state_dict(storage.weights(network))
     for compression in missing:
         result = _compress(model.eval(), network, compression, dataset)
@@ -104,25 +107,25 @@ def _line(network: Network, compression: Compression | None, result: dict[str, A
     return f"{name}: validation {result['validation']:.2f} %, {result['seconds']:.0f} s"
 
 
-def _build(network: Network, dataset: Dataset) -> nn.Module:
+def _build(network: Network, dataset: Dataset, device: torch.device) -> nn.Module:
     model = build(network.model, dataset.shape, dataset.classes, network.width)
-    return model.to(memory_format=torch.channels_last)
+    return model.to(device, memory_format=torch.channels_last)
 
 
-def _train(network: Network, dataset: Dataset, storage: Storage) -> dict[str, Any]:
+def _train(network: Network, dataset: Dataset, storage: Storage, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(network.seed)
-    model = _build(network, dataset)
+    model = _build(network, dataset, device)
     if network.finetuned_from is not None:
         model.load_state_dict(storage.weights(network.finetuned_from))
     start = time.perf_counter()
     try:
         history = train(model, dataset, network.training, network.regularization, network.seed)
     except FloatingPointError as error:  # A result too: with these settings the network cannot be trained.
-        result: dict[str, Any] = {"failure": str(error), **_circumstances()}
+        result: dict[str, Any] = {"failure": str(error), **_circumstances(device)}
         storage.keep(network, None, result)
         return result
     seconds = time.perf_counter() - start
-    result = _measured(model, dataset, seconds) | {"history": history, "histogram": _histogram(model)}
+    result = _measured(model, dataset, seconds, device) | {"history": history, "histogram": _histogram(model)}
     storage.keep_weights(network, model.state_dict())
     storage.keep(network, None, result)
     return result
@@ -132,20 +135,25 @@ def _compress(model: nn.Module, network: Network, compression: Compression, data
     torch.manual_seed(network.seed)
     start = time.perf_counter()
     compressed = compression.apply(model, dataset, network.seed)
-    return _measured(compressed, dataset, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return _measured(compressed, dataset, seconds, next(model.parameters()).device)
 
 
-def _measured(model: nn.Module, dataset: Dataset, seconds: float) -> dict[str, Any]:
+def _measured(model: nn.Module, dataset: Dataset, seconds: float, device: torch.device) -> dict[str, Any]:
     return {
         "validation": dataset.score(model, dataset.validation),
         "test": dataset.score(model, dataset.test),
         "seconds": seconds,
-        **_circumstances(),
+        **_circumstances(device),
     }
 
 
-def _circumstances() -> dict[str, Any]:
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+def _circumstances(device: torch.device) -> dict[str, Any]:
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": _name(device)}
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _histogram(model: nn.Module) -> dict[str, Any]:
@@ -158,5 +166,5 @@ def _histogram(model: nn.Module) -> dict[str, Any]:
         "layer": name,
         "reach": reach,
         "deviation": weight.std().item(),
-        "counts": torch.histc(weight, HISTOGRAM_BINS, -reach, reach).int().tolist(),
+        "counts": torch.histc(weight.cpu(), HISTOGRAM_BINS, -reach, reach).int().tolist(),
     }

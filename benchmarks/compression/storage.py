@@ -68,7 +68,7 @@ class Storage:
             raise FileNotFoundError(
                 f"--output: expected the weights {path} beside their finished cell; delete {path.parent} to train again"
             )
-        return torch.load(path)
+        return torch.load(path, map_location="cpu")
 
     def _path(self, network: Network, compression: Compression | None) -> Path:
         name = FULL_PRECISION if compression is None else str(compression)

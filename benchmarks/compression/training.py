@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,7 +154,7 @@ def descend(
     """
     losses = []
     for inputs, labels in batches:
-        with torch.autocast("cpu", torch.bfloat16) if is_bfloat16 else nullcontext():
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=is_bfloat16):
             outputs = model(inputs)
         loss = loss_of(outputs, labels)
         loss.backward()
