@@ -15,7 +15,6 @@ from torch import nn
 from benchmarks.compression import __main__ as command
 from benchmarks.compression import runner as runner_module
 from benchmarks.compression.accuracy import accuracy, neighbour_agreement
-from benchmarks.compression.cells import Network
 from benchmarks.compression.kurtosis import kurtosis
 from benchmarks.compression.ptq import PostTrainingQuantization
 from benchmarks.compression.regularization import KINDS, Regularization
@@ -211,16 +210,17 @@ def test_settings_are_chosen_by_validation(
     assert chosen(PART, storage) == {None: Regularization(), "linf": Regularization("linf", expected)}
 
 
-def test_fine_tuning_starts_from_the_other_network(finished: Path, tmp_path: Path) -> None:
+def test_fine_tuning_starts_from_the_plain_network(finished: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     output = tmp_path / "copy"
     shutil.copytree(finished, output)
-    start = PART.network(Regularization(), 0)
-    gentle = Training(epochs=1, learning_rate=1e-6)
-    tuned = Network("digits", None, "MobileNetV1", 0.25, gentle, Regularization(), 0, finetuned_from=start)
+    gentle = replace(PART, training=Training(epochs=1, learning_rate=1e-6), pretraining=PART.training)
+    lines: list[str] = []
+    replace(STUDY, parts=(gentle,), seeds=1).run(Runner(None, output), lines.append)
+    assert not any("1epochs/plain-seed0 full precision" in line for line in lines)  # it is there already
     storage = Storage(output)
-    run_job(Job(tuned, ()), Runner(None, output))
-    before, after = storage.weights(start), storage.weights(tuned)
+    before = storage.weights(PART.network(Regularization(), 0))
+    after = storage.weights(gentle.network(Regularization("linf", 0.1), 0))
     torch.testing.assert_close(after["head.weight"], before["head.weight"], atol=1e-4, rtol=0)
     assert not torch.equal(after["head.weight"], before["head.weight"])
 

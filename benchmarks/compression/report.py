@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.compression.charts import draw_accuracies, draw_histograms, draw_ranges
 from benchmarks.compression.regularization import TITLES
 from benchmarks.compression.storage import Storage
-from benchmarks.compression.study import MOST_LOST, Study
+from benchmarks.compression.study import MOST_LOST, Part, Study
 from benchmarks.compression.summary import PartSummary, Row, Verdict, summarize
 
 
@@ -34,7 +34,8 @@ def write(study: Study, output: Path, results: Path) -> Path:
     images.mkdir(parents=True, exist_ok=True)
     sections = [_head(study, finished)]
     for summary in finished:
-        name = f"{study.name}-{summary.part.data}-{summary.part.model}"
+        ending = "-finetuned" if summary.part.pretraining is not None else ""
+        name = f"{study.name}-{summary.part.data}-{summary.part.model}{ending}"
         draw_accuracies(summary.rows, images / f"{name}-accuracy.png")
         draw_histograms(summary.first, images / f"{name}-weights.png")
         draw_ranges(summary.first, images / f"{name}-ranges.png")
@@ -71,7 +72,7 @@ def _section(summary: PartSummary, name: str) -> str:
     subset = f", {part.subset:,} training inputs" if part.subset is not None else ""
     return "\n\n".join(
         [
-            f"## {part.model}, width {part.width:g}, on {part.data}",
+            f"## {part.model}, width {part.width:g}, on {part.data}{_origin(part)}",
             f"{training.epochs} epochs in batches of {training.batch}{subset}, {training.optimizer}, learning rate "
             f"{training.learning_rate:g}, weight decay {training.weight_decay:g}, {precision}.",
             *[_sentence(verdict) for verdict in summary.verdicts()],
@@ -85,6 +86,10 @@ def _section(summary: PartSummary, name: str) -> str:
             f"![max|w| / std of each layer over training](images/{name}-ranges.png)",
         ]
     )
+
+
+def _origin(part: Part) -> str:
+    return "" if part.pretraining is None else f", fine-tuned from {part.pretraining.epochs} plain epochs"
 
 
 def _title(compression: object) -> str:

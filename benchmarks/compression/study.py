@@ -25,6 +25,7 @@ class Part:
         candidates: for each kind of regularization the settings that are tried.
         compressions: what is measured of each chosen network, for every seed.
         criteria: those of the compressions whose mean validation accuracy chooses the settings.
+        pretraining: where given, every training starts from the network that was trained plainly in this way.
     """
 
     data: str
@@ -35,13 +36,27 @@ class Part:
     compressions: tuple[Compression, ...]
     criteria: tuple[Compression, ...]
     subset: int | None = None
+    pretraining: Training | None = None
 
     def of_kinds(self, kinds: Sequence[str]) -> Part:
         """The same with these kinds of regularization only."""
         return replace(self, candidates={kind: tried for kind, tried in self.candidates.items() if kind in kinds})
 
     def network(self, regularization: Regularization, seed: int) -> Network:
-        return Network(self.data, self.subset, self.model, self.width, self.training, regularization, seed)
+        """One training of this part."""
+        training = self.training
+        start = None if self.pretraining is None else self.pretrained(seed)
+        return Network(self.data, self.subset, self.model, self.width, training, regularization, seed, start)
+
+    def pretrained(self, seed: int) -> Network:
+        """What a training starts from.
+
+        Raises:
+            ValueError: it starts from random weights.
+        """
+        if self.pretraining is None:
+            raise ValueError("pretraining: expected a part whose networks are fine-tuned")
+        return Network(self.data, self.subset, self.model, self.width, self.pretraining, Regularization(), seed)
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,10 @@ class Study:
     def run(self, runner: Runner, log: Log) -> None:
         """Search, then train and compress with every seed; what is finished is not done again."""
         storage = Storage(runner.output)
+        fine_tuned = [part for part in self.parts if part.pretraining is not None]
+        if fine_tuned:
+            log("what is fine-tuned")
+            runner.run([Job(part.pretrained(seed), ()) for part in fine_tuned for seed in range(self.seeds)], log)
         log("the search")
         runner.run([job for part in self.parts for job in search_jobs(part)], log)
         log("every seed")
