@@ -164,7 +164,6 @@ def test_compressions_leave_the_model_alone_and_differ_from_it(few_digits: Datas
 
 
 def test_a_palette_has_as_many_values_as_its_bits_allow(few_digits: Dataset) -> None:
-    pytest.importorskip("coremltools", reason="palettes need coremltools")
     training = Training(epochs=1, batch=32, optimizer="adamw", learning_rate=1e-3)
     model = small_mobilenet().eval()
     compressed = Palettization(1, training).apply(model, few_digits, 0)

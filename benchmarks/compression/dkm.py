@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from benchmarks.compression.dataset import Dataset
 from benchmarks.compression.training import Stepper, Training, descend, warm_up_and_cosine
+
+if TYPE_CHECKING:
+    from coremltools.optimize.torch.palettization import DKMPalettizer
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class Palettization:
                 palettizer.step()
         return palettizer.finalize().eval()
 
-    def _palettizer(self, model: nn.Module):
+    def _palettizer(self, model: nn.Module) -> DKMPalettizer:
+        """For all layers, from the first step on."""
+        # Imported here: it takes seconds, and no other compression needs it.
         from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
 
         config = {"n_bits": self.bits, "weight_threshold": 0, "milestone": 0}

@@ -14,7 +14,7 @@ from benchmarks.compression.splits import TensorSplit
 
 TOKENS = 32  # of a sentence; what is longer is cut
 WIDTH = 384
-MEASURED = 500  # sentences of the validation split, and as many of the test split
+MEASURED = 300  # sentences of the validation split, and as many of the test split
 BATCH = 50
 
 

@@ -12,23 +12,21 @@ from benchmarks.compression.quantize import SCHEMES
 from benchmarks.compression.regularization import Regularization
 from benchmarks.compression.study import Part, Study
 from benchmarks.compression.training import Training
+from r2_kernels.penalties import PENALTIES
 
 BOUNDS_LEARNING_RATE = 1e-3
 WEIGHT_BITS = (8, 6, 4, 3, 2)
 CLAIMED_PTQ = (PTQ(2, "asymmetric"), PTQ(3, "symmetric"))
+# The likeliest first, since an interrupted search has tried those.
 # With momentum the strengths are per unit of learning rate; a temperature must start high in a short training.
 CANDIDATES = {
-    "linf": [Regularization("linf", strength) for strength in (0.03, 0.1, 0.3)],
+    "linf": [Regularization("linf", strength) for strength in (0.1, 0.3, 0.03)],
     "margin": [
-        Regularization("margin", 0.001, 1.5, 1e-4),
         Regularization("margin", 0.003, 1.5, 1e-4),
         Regularization("margin", 0.003, 1.0, 1e-4),
+        Regularization("margin", 0.001, 1.5, 1e-4),
     ],
-    "soft_min_max": [
-        Regularization("soft_min_max", 0.03, 100.0, 1.0),
-        Regularization("soft_min_max", 0.1, 100.0, 1.0),
-        Regularization("soft_min_max", 0.3, 100.0, 1.0),
-    ],
+    "soft_min_max": [Regularization("soft_min_max", strength, 100.0, 1.0) for strength in (0.1, 0.3, 0.03)],
     "l2": [Regularization("l2", strength) for strength in (0.001, 0.005)],
     "kurtosis": [Regularization("kurtosis", strength) for strength in (0.1, 1.0)],
 }
@@ -74,7 +72,7 @@ def _quick() -> Study:
     """The three claims on digits, with fewer settings and compressions."""
     training = Training(epochs=40)
     fine_tuning = Training(epochs=10, optimizer="adamw", learning_rate=3e-3, weight_decay=1e-4)
-    few = {penalty: CANDIDATES[penalty][1:] for penalty in ("linf", "margin", "soft_min_max")}
+    few = {penalty: CANDIDATES[penalty][:2] for penalty in PENALTIES}
     ewgs, palettes = _qat(fine_tuning, (2,)), (Palettization(1, replace(fine_tuning, epochs=5)),)
     return Study(
         "quick",
@@ -87,23 +85,35 @@ def _quick() -> Study:
     )
 
 
-def _images(name: str, data: str, widths: tuple[float, float, float], trainings: tuple[Training, ...]) -> Study:
+def _images(
+    name: str,
+    data: str,
+    widths: tuple[float, float, float],
+    trainings: tuple[Training, Training, Training],
+    fine_tuning: Training,
+    is_whole: bool,
+) -> Study:
     """The three claims: PTQ of MobileNetV2, EWGS of MobileNetV1, DKM of ResNet-18; and MobileNetV2 fine-tuned.
 
     Args:
-        widths: of the three networks.
-        trainings: of the three, then the fine-tuning of a quantized or palettized network.
+        widths, trainings: of the three networks.
+        fine_tuning: of a quantized or palettized network.
+        is_whole: the second and third with all bits and peers, not only with what is claimed. Cells are the same.
     """
-    *full, fine_tuning = trainings
-    ewgs, palettes = _qat(fine_tuning, (4, 3, 2)), tuple(Palettization(bits, fine_tuning) for bits in (4, 2, 1))
+    ewgs = _qat(fine_tuning, (4, 3, 2) if is_whole else (2,))
+    palettes = tuple(Palettization(bits, fine_tuning) for bits in ((4, 2, 1) if is_whole else (1,)))
+    few = CANDIDATES if is_whole else {penalty: CANDIDATES[penalty][:2] for penalty in PENALTIES}
+    claimed_ewgs = QuantizationAwareTraining(2, EWGS_DELTA, fine_tuning, BOUNDS_LEARNING_RATE)
     networks = (
-        ("MobileNetV2", _grid(), CLAIMED_PTQ),
-        ("MobileNetV1", ewgs, (QuantizationAwareTraining(2, EWGS_DELTA, fine_tuning, BOUNDS_LEARNING_RATE),)),
-        ("ResNet-18", palettes, (Palettization(1, fine_tuning),)),
+        ("MobileNetV2", CANDIDATES, _grid(), CLAIMED_PTQ),
+        ("MobileNetV1", few, ewgs, (claimed_ewgs,)),
+        ("ResNet-18", few, palettes, (Palettization(1, fine_tuning),)),
     )
     parts = tuple(
-        Part(data, model, width, training, CANDIDATES, compressions, criteria)
-        for (model, compressions, criteria), width, training in zip(networks, widths, full, strict=True)
+        Part(data, model, width, training, candidates, compressions, criteria)
+        for (model, candidates, compressions, criteria), width, training in zip(
+            networks, widths, trainings, strict=True
+        )
     )
     return Study(name, (*parts, _fine_tuned(parts[0])), seeds=3)
 
@@ -114,23 +124,19 @@ def _fine_tuned(part: Part) -> Part:
     return replace(part, training=training, pretraining=part.training)
 
 
-def _cifar10() -> Study:
-    """About ten minutes of one core for each training in full precision."""
+def _cifar10(name: str, is_whole: bool) -> Study:
+    """About ten minutes of one core for each training in full precision, five to eight for each fine-tuning."""
     base = Training(epochs=8, batch=128, learning_rate=0.1)
-    trainings = (
-        base,
-        replace(base, epochs=12),
-        replace(base, epochs=12, is_bfloat16=True),
-        Training(epochs=3, batch=128, optimizer="adamw", learning_rate=1e-3, weight_decay=1e-4),
-    )
-    return _images("cifar10", "cifar10", (0.5, 0.5, 0.25), trainings)
+    trainings = (base, replace(base, epochs=12), replace(base, epochs=12, is_bfloat16=True))
+    fine_tuning = Training(epochs=2, batch=128, optimizer="adamw", learning_rate=1e-3, weight_decay=1e-4)
+    return _images(name, "cifar10", (0.5, 0.5, 0.25), trainings, fine_tuning, is_whole)
 
 
 def _imagenet() -> Study:
     """The same at full size, for a GPU."""
     base = Training(epochs=90, batch=256, learning_rate=0.1, weight_decay=4e-5, is_bfloat16=True)
     fine_tuning = Training(epochs=10, batch=256, optimizer="adamw", learning_rate=1e-3, weight_decay=1e-4)
-    return _images("imagenet", "images", (1.0, 1.0, 1.0), (base, base, base, fine_tuning))
+    return _images("imagenet", "images", (1.0, 1.0, 1.0), (base, base, base), fine_tuning, is_whole=True)
 
 
 def _language() -> Study:
@@ -157,4 +163,14 @@ def _sentences() -> Study:
     return Study("sentences", (part,), seeds=1)
 
 
-STUDIES = {study.name: study for study in (_quick(), _cifar10(), _imagenet(), _language(), _sentences())}
+STUDIES = {
+    study.name: study
+    for study in (
+        _quick(),
+        _cifar10("cifar10", is_whole=False),
+        _cifar10("cifar10-whole", is_whole=True),
+        _imagenet(),
+        _language(),
+        _sentences(),
+    )
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from benchmarks.compression.cells import Compression, Network
 from benchmarks.compression.regularization import Regularization
@@ -100,8 +101,9 @@ class Study:
 
 
 def search_jobs(part: Part) -> list[Job]:
-    """Plain training, and all candidates."""
-    tried = [Regularization(), *(settings for choices in part.candidates.values() for settings in choices)]
+    """Plain training, then the first candidate of every kind, then the second of every kind, and so on."""
+    rounds = zip_longest(*part.candidates.values())
+    tried = [Regularization(), *(settings for round_ in rounds for settings in round_ if settings is not None)]
     return [Job(part.network(settings, SEARCH_SEED), part.criteria) for settings in tried]
 
 
