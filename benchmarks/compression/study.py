@@ -80,15 +80,16 @@ class Study:
 
     def run(self, runner: Runner, log: Log) -> None:
         """Search, then train and compress with every seed; what is finished is not done again."""
+        for is_fine_tuned in (False, True):
+            parts = [part for part in self.parts if (part.pretraining is not None) == is_fine_tuned]
+            self._run(parts, runner, log)
+
+    def _run(self, parts: Sequence[Part], runner: Runner, log: Log) -> None:
+        starts = [part.pretrained(seed) for part in parts if part.pretraining for seed in range(self.seeds)]
+        runner.run([Job(network, ()) for network in starts], log)
+        runner.run([job for part in parts for job in search_jobs(part)], log)
         storage = Storage(runner.output)
-        fine_tuned = [part for part in self.parts if part.pretraining is not None]
-        if fine_tuned:
-            log("what is fine-tuned")
-            runner.run([Job(part.pretrained(seed), ()) for part in fine_tuned for seed in range(self.seeds)], log)
-        log("the search")
-        runner.run([job for part in self.parts for job in search_jobs(part)], log)
-        log("every seed")
-        runner.run([job for part in self.parts for job in self.seed_jobs(part, storage)], log)
+        runner.run([job for part in parts for job in self.seed_jobs(part, storage)], log)
 
     def seed_jobs(self, part: Part, storage: Storage) -> list[Job]:
         """Seed by seed, so that an interrupted study has something of every kind."""
