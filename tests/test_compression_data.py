@@ -18,7 +18,7 @@ from benchmarks.compression.image_folder import image_folder
 from benchmarks.compression.models import IMAGE_MODELS, build
 from benchmarks.compression.sentences import sentences
 from benchmarks.compression.splits import TensorSplit
-from benchmarks.compression.text import text
+from benchmarks.compression.text import LENGTH, python_files, text
 
 
 def test_batches_are_whole_and_in_order_unless_shuffled() -> None:
@@ -168,10 +168,14 @@ def test_text_is_next_bytes_of_whole_files(tmp_path: Path) -> None:
         text(tmp_path)
     _write_sources(tmp_path)
     data = text(tmp_path, subset=7)
-    inputs, labels = next(data.validation.batches(3))
-    assert torch.equal(inputs[:, 1:], labels[:, :-1])
-    assert bytes(inputs[0, :12].tolist()) == b'"""Module 0 '
-    assert bytes(next(data.test.batches(1))[0][0, :12].tolist()) == b'"""Module 1 '
+    joined = {name: "".join(path.read_text() for path in paths) for name, paths in python_files(tmp_path).items()}
+    for name, split in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        inputs, labels = next(split.batches(5))
+        assert torch.equal(inputs[:, 1:], labels[:, :-1])
+        assert all(bytes(sequence.tolist()).decode() in joined[name] for sequence in inputs)
+    assert "Module 20 " in joined["validation"]
+    assert "Module 21 " in joined["test"]
+    assert len(data.validation) == len(joined["validation"]) // LENGTH
     assert len(data.train) == 7
 
 

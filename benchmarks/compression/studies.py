@@ -140,10 +140,10 @@ def _imagenet() -> Study:
 
 
 def _language() -> Study:
-    """Next bytes of Python's standard library, 8 million of them in an epoch."""
+    """Next bytes of Python's standard library, 2 million of them in an epoch."""
     training = Training(epochs=1, batch=32, optimizer="adamw", learning_rate=1e-3, weight_decay=0.01, is_decoupled=True)
     criteria = (PTQ(4, "asymmetric", has_reestimation=False), PTQ(3, "symmetric", has_reestimation=False))
-    part = Part("text", "transformer", 1.0, training, DECOUPLED_CANDIDATES, _text_grid(), criteria, subset=32_000)
+    part = Part("text", "transformer", 1.0, training, DECOUPLED_CANDIDATES, _text_grid(), criteria, subset=16_000)
     return Study("language", (part,), seeds=3)
 
 

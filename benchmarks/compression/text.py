@@ -14,6 +14,7 @@ from benchmarks.compression.splits import TensorSplit
 VOCABULARY = 256
 LENGTH = 128  # bytes of a sequence
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+MEASURED = 500  # sequences of the validation split, and as many of the test split
 MEASURED_EVERY = 20  # of the files, one in so many is validation, another is test
 
 
@@ -31,10 +32,8 @@ def text(folder: Path, subset: int | None = None) -> Dataset:
     Raises:
         FileNotFoundError: no folder, or no Python files in it.
     """
-    sequences = {name: _sequences(paths) for name, paths in python_files(folder).items()}
-    if subset is not None:
-        chosen = torch.randperm(len(sequences["train"]), generator=torch.Generator().manual_seed(0))[:subset]
-        sequences["train"] = sequences["train"][chosen]
+    most = {"train": subset, "validation": MEASURED, "test": MEASURED}
+    sequences = {name: _some(_sequences(paths), most[name]) for name, paths in python_files(folder).items()}
     splits = {name: TensorSplit(tokens[:, :-1], tokens[:, 1:]) for name, tokens in sequences.items()}
     return Dataset(**splits, classes=VOCABULARY, shape=(LENGTH,))
 
@@ -55,6 +54,11 @@ def python_files(folder: Path) -> dict[str, list[Path]]:
         name = {0: "validation", 1: "test"}.get(index % MEASURED_EVERY, "train")
         parts[name].append(path)
     return parts
+
+
+def _some(sequences: Tensor, count: int | None) -> Tensor:
+    """So many of them, always the same; all if None."""
+    return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))[:count]]
 
 
 def _sequences(paths: list[Path]) -> Tensor:
