@@ -41,7 +41,8 @@ def write(study: Study, output: Path, results: Path) -> Path:
         draw_ranges(summary.first, images / f"{name}-ranges.png")
         sections.append(_section(summary, name))
     numbers = [cell for summary in finished for cell in summary.cells]
-    (results / f"{study.name}.json").write_text(json.dumps(numbers, separators=(",", ":")) + "\n")
+    rounded = json.loads(json.dumps(numbers), parse_float=lambda text: float(f"{float(text):.6g}"))
+    (results / f"{study.name}.json").write_text(json.dumps(rounded, separators=(",", ":")) + "\n")
     page = results / f"{study.name}.md"
     page.write_text("\n\n".join(sections) + "\n")
     return page
