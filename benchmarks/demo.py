@@ -24,10 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.rule import Rule
 from rich.table import Table
 
-from benchmarks.compression.picture import TITLES, draw, spread
+from benchmarks.compression.demo_picture import draw
+from benchmarks.compression.demo_search import Plan, Study, Trial
+from benchmarks.compression.demo_training import BITS, Result
 from benchmarks.compression.quantize import SCHEMES
-from benchmarks.compression.search import Plan, Study, Trial
-from benchmarks.compression.train import BITS, Result
+from benchmarks.compression.regularization import TITLES
+from benchmarks.compression.spread import spread
 from benchmarks.peers import eager, in_place
 from benchmarks.shapes import weights
 from r2_kernels.penalties import PENALTIES

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import demo
-from benchmarks.compression import search
-from benchmarks.compression.data import digits
-from benchmarks.compression.models import SmallMobileNet
+from benchmarks.compression import demo_search as search
+from benchmarks.compression.demo_training import Result, fit
+from benchmarks.compression.digits import digits
+from benchmarks.compression.mobilenet_v1 import small_mobilenet
 from benchmarks.compression.quantize import SCHEMES, quantize, quantized
-from benchmarks.compression.train import Result, Settings, fit
+from benchmarks.compression.regularization import Regularization
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -39,7 +40,7 @@ def test_quantization_refuses_an_unknown_scheme() -> None:
 
 
 def test_quantized_model_is_a_copy() -> None:
-    model = SmallMobileNet().eval()
+    model = small_mobilenet().eval()
     before = [parameter.clone() for parameter in model.parameters()]
     copied = quantized(model, 2, "symmetric")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -50,17 +51,17 @@ def test_quantized_model_is_a_copy() -> None:
 
 def test_digits_are_split_without_overlap() -> None:
     data = digits()
-    assert [len(split.labels) for split in data] == [1077, 360, 360]
-    seen = {tuple(image.flatten().tolist()) for image in data.train.images}
+    assert [len(split.labels) for split in (data.train, data.validation, data.test)] == [1077, 360, 360]
+    seen = {tuple(image.flatten().tolist()) for image in data.train.inputs}
     for split in (data.validation, data.test):
-        overlap = sum(tuple(image.flatten().tolist()) in seen for image in split.images)
+        overlap = sum(tuple(image.flatten().tolist()) in seen for image in split.inputs)
         assert overlap == 0
 
 
 def test_the_search_decides_by_validation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings are replaced by results where validation and test disagree about what is best."""
 
-    def trained(settings: Settings, seed: int, steps: int) -> Result:
+    def trained(settings: Regularization, seed: int, steps: int) -> Result:
         keys = [(scheme, bits) for scheme in SCHEMES for bits in (8, 4, 3, 2)]
         result = Result(settings, seed, weights=torch.ones(1))
         result.validation = dict.fromkeys(keys, 50.0 + settings.strength)
@@ -74,14 +75,14 @@ def test_the_search_decides_by_validation_alone(monkeypatch: pytest.MonkeyPatch)
     study = plan.run(lambda: calls.append(None))
     assert len(calls) == len(plan)
     strongest = max(search.CANDIDATES["linf"], key=lambda settings: settings.strength)
-    assert [trial.settings for trial in study.trials if trial.is_chosen] == [Settings(), strongest]
+    assert [trial.settings for trial in study.trials if trial.is_chosen] == [Regularization(), strongest]
     assert [[run.seed for run in runs] for runs in study.results.values()] == [list(range(search.SEARCH_SEEDS + 1))] * 2
     assert all(run.settings == strongest for run in study.results["linf"])
 
 
 def test_a_given_strength_leaves_the_starts_to_search() -> None:
     plan = search.Plan(["linf", "soft_min_max"], 0.25, seeds=1, steps=1)
-    assert plan.candidates["linf"] == [Settings("linf", 0.25)]
+    assert plan.candidates["linf"] == [Regularization("linf", 0.25)]
     tried = plan.candidates["soft_min_max"]
     assert {settings.strength for settings in tried} == {0.25}
     assert len(set(tried)) == len(tried)
@@ -93,11 +94,11 @@ def test_training_repeats_and_regularizes() -> None:
     torch.set_num_threads(1)
     data = digits().train
 
-    def parameters(settings: Settings) -> list[Tensor]:
+    def parameters(settings: Regularization) -> list[Tensor]:
         return list(fit(settings, 0, 2, data).parameters())
 
-    plain = parameters(Settings())
-    assert all(map(torch.equal, plain, parameters(Settings())))
+    plain = parameters(Regularization())
+    assert all(map(torch.equal, plain, parameters(Regularization())))
     for candidates in search.CANDIDATES.values():
         regularized = parameters(candidates[0])
         assert not any(map(torch.equal, plain, regularized))

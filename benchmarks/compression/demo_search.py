@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import statistics
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from benchmarks.compression.train import Result, Settings, train
+from benchmarks.compression.demo_training import Result, train
+from benchmarks.compression.regularization import Regularization
+from benchmarks.compression.workers import cores, start_worker
 
 # In so short a training M must start near where it shall end, and the temperature high.
 CANDIDATES = {
-    "linf": [Settings("linf", strength) for strength in (0.01, 0.1, 0.3, 1.0)],
+    "linf": [Regularization("linf", strength) for strength in (0.01, 0.1, 0.3, 1.0)],
     "margin": [
-        Settings("margin", 0.001, 1.5, 1e-3),
-        Settings("margin", 0.003, 1.5, 1e-4),
-        Settings("margin", 0.003, 1.0, 1e-3),
-        Settings("margin", 0.003, 1.0, 1e-4),
-        Settings("margin", 0.01, 1.0, 1e-4),
+        Regularization("margin", 0.001, 1.5, 1e-3),
+        Regularization("margin", 0.003, 1.5, 1e-4),
+        Regularization("margin", 0.003, 1.0, 1e-3),
+        Regularization("margin", 0.003, 1.0, 1e-4),
+        Regularization("margin", 0.01, 1.0, 1e-4),
     ],
     "soft_min_max": [
-        Settings("soft_min_max", 0.03, 30.0, 1.0),
-        Settings("soft_min_max", 0.03, 100.0, 1.0),
-        Settings("soft_min_max", 0.1, 100.0, 1.0),
-        Settings("soft_min_max", 0.1, 100.0, 10.0),
-        Settings("soft_min_max", 0.3, 100.0, 10.0),
+        Regularization("soft_min_max", 0.03, 30.0, 1.0),
+        Regularization("soft_min_max", 0.03, 100.0, 1.0),
+        Regularization("soft_min_max", 0.1, 100.0, 1.0),
+        Regularization("soft_min_max", 0.1, 100.0, 10.0),
+        Regularization("soft_min_max", 0.3, 100.0, 10.0),
     ],
 }
 # How many seeds each candidate is trained with, if as many are reported: one seed's accuracy at 2 bits says little.
@@ -43,7 +40,7 @@ MOST_WORKERS = 8
 class Trial:
     """One candidate of the search: its score is the mean over the search's seeds of ``Result.score()``."""
 
-    settings: Settings
+    settings: Regularization
     score: float
     is_chosen: bool
 
@@ -71,7 +68,7 @@ class Plan:
         self, penalties: Sequence[str], strength: float | None, seeds: int, steps: int, has_search: bool = True
     ) -> None:
         self.seeds, self.steps = seeds, steps
-        self.candidates: dict[str, list[Settings]] = {}
+        self.candidates: dict[str, list[Regularization]] = {}
         for penalty in penalties:
             tried = CANDIDATES[penalty][: None if has_search else 1]
             if strength is not None:
@@ -80,7 +77,7 @@ class Plan:
         self._search_seeds = range(min(SEARCH_SEEDS, seeds))
         self._later_seeds = range(len(self._search_seeds), seeds)
         # Plain training has nothing to choose: all of it runs beside the search.
-        self._first = [(Settings(), seed) for seed in range(seeds)] + [
+        self._first = [(Regularization(), seed) for seed in range(seeds)] + [
             (settings, seed)
             for choices in self.candidates.values()
             for settings in choices
@@ -93,9 +90,9 @@ class Plan:
 
     def run(self, on_done: Callable[[], Any]) -> Study:
         """Train everything, in as many processes as there are cores; ``on_done`` is called after each training."""
-        workers = min(_cores(), MOST_WORKERS, len(self))
+        workers = min(cores(), MOST_WORKERS, len(self))
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker) as pool:
             try:
                 done = self._train(pool, self._first, on_done)
                 scores = {
@@ -111,37 +108,18 @@ class Plan:
                 for worker in multiprocessing.active_children():
                     worker.terminate()
                 raise
-        kinds: dict[str | None, Settings] = {None: Settings(), **chosen}
+        kinds: dict[str | None, Regularization] = {None: Regularization(), **chosen}
         return Study(
             [Trial(settings, score, settings in kinds.values()) for settings, score in scores.items()],
             {kind: [done[settings, seed] for seed in range(self.seeds)] for kind, settings in kinds.items()},
         )
 
     def _train(
-        self, pool: ProcessPoolExecutor, jobs: Iterable[tuple[Settings, int]], on_done: Callable[[], Any]
-    ) -> dict[tuple[Settings, int], Result]:
+        self, pool: ProcessPoolExecutor, jobs: Iterable[tuple[Regularization, int]], on_done: Callable[[], Any]
+    ) -> dict[tuple[Regularization, int], Result]:
         futures = {pool.submit(train, settings, seed, self.steps): (settings, seed) for settings, seed in jobs}
         done = {}
         for future in as_completed(futures):
             done[futures[future]] = future.result()
             on_done()
         return done
-
-
-def _start_worker() -> None:
-    """One thread each; and a worker ends with its parent, however that ends: else it would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent alone acts on it.
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _cores() -> int:
-    """Those this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,45 +1,32 @@
-"""One training of the small network, with or without range regularization, and its accuracy after quantization."""
+"""One training of the demo's network, with or without range regularization, and its accuracy after quantization."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.compression.data import Split, digits
-from benchmarks.compression.models import SmallMobileNet
+from benchmarks.compression.accuracy import accuracy
+from benchmarks.compression.digits import digits
+from benchmarks.compression.mobilenet_v1 import small_mobilenet
 from benchmarks.compression.quantize import SCHEMES, quantized
-from r2_kernels import RangeRegularizer
+from benchmarks.compression.regularization import Regularization
+from benchmarks.compression.splits import Batch, TensorSplit
+from benchmarks.compression.training import Stepper, descend, parameter_groups
 
 BITS = (8, 4, 3, 2)
 # The layer whose weights are shown: the last 1 × 1 convolution, the largest of the network.
 SHOWN_LAYER = "blocks.4.3"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one training is regularized with; ``start`` is the temperature, or M in standard deviations."""
-
-    penalty: str | None = None
-    strength: float = 0.0
-    start: float | None = None
-    learning_rate: float | None = None  # of the temperature or M
-
-    def regularizer(self, model: nn.Module) -> RangeRegularizer | None:
-        if self.penalty is None:
-            return None
-        parameter = {"soft_min_max": "temperature", "margin": "margin"}.get(self.penalty)
-        start = {} if parameter is None else {parameter: self.start}
-        return RangeRegularizer(model, self.penalty, strength=self.strength, **start)
-
-
 @dataclass
 class Result:
     """Accuracies by "float" or (scheme, bits), on the validation and the test split, and the shown layer's weights."""
 
-    settings: Settings
+    settings: Regularization
     seed: int
     validation: dict[Any, float] = field(default_factory=dict)
     test: dict[Any, float] = field(default_factory=dict)
@@ -64,7 +51,7 @@ class Result:
         }
 
 
-def train(settings: Settings, seed: int, steps: int) -> Result:
+def train(settings: Regularization, seed: int, steps: int) -> Result:
     """Train a network, then measure it at every number of bits."""
     data = digits()
     model = fit(settings, seed, steps, data.train)
@@ -75,28 +62,19 @@ def train(settings: Settings, seed: int, steps: int) -> Result:
     return result
 
 
-def fit(settings: Settings, seed: int, steps: int, data: Split) -> SmallMobileNet:
+def fit(settings: Regularization, seed: int, steps: int, split: TensorSplit) -> nn.Module:
     """The network after ``steps`` batches of 64, with Nesterov momentum and a cosine schedule; in evaluation mode."""
     torch.manual_seed(seed)
-    model = SmallMobileNet().to(memory_format=torch.channels_last)  # Its steps take 0.6 of the time.
+    model = small_mobilenet().to(memory_format=torch.channels_last)  # Its steps take 0.6 of the time.
     regularizer = settings.regularizer(model)
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "weight_decay": 5e-4}]
-    if regularizer is not None and settings.learning_rate is not None:
-        groups.append({"params": list(regularizer.parameters()), "lr": settings.learning_rate, "weight_decay": 0.0})
+    groups = parameter_groups(model, regularizer, settings, weight_decay=5e-4)
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        batch = torch.randint(len(data.labels), (64,))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(data.images[batch]), data.labels[batch]).backward()
-        if regularizer is not None:
-            regularizer.add_gradients_()
-        optimizer.step()
-        schedule.step()
+    descend(model, _random_batches(split, steps), Stepper(optimizer, schedule, regularizer))
     return model.eval()
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    """In percent."""
-    return (model(split.images).argmax(1) == split.labels).float().mean().item() * 100
+def _random_batches(split: TensorSplit, count: int) -> Iterator[Batch]:
+    for _ in range(count):
+        chosen = torch.randint(len(split), (64,))
+        yield split.inputs[chosen], split.labels[chosen]

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+
+from benchmarks.compression.dataset import Dataset
+from benchmarks.compression.splits import TensorSplit
 
 
-class Split(NamedTuple):
-    """Images, (N, 1, 8, 8) float32 of mean 0 and standard deviation 1, and their labels, (N,) int64."""
+def digits() -> Dataset:
+    """The same split always, classes in proportion: 1,077 images to train, 360 to choose settings, 360 to report.
 
-    images: Tensor
-    labels: Tensor
-
-
-class Digits(NamedTuple):
-    train: Split
-    validation: Split
-    test: Split
-
-
-def digits() -> Digits:
-    """The same split always, classes in proportion: 1,077 images to train, 360 to choose settings, 360 to report."""
+    Images are (1, 8, 8) float32, of mean 0 and standard deviation 1.
+    """
     images, labels = load_digits(return_X_y=True)
     rest, test, rest_labels, test_labels = train_test_split(
         images, labels, test_size=360, random_state=0, stratify=labels
@@ -34,8 +24,14 @@ def digits() -> Digits:
     )
     mean, deviation = train.mean(), train.std()
 
-    def split(images: object, labels: object) -> Split:
+    def split(images: object, labels: object) -> TensorSplit:
         normalized = (torch.as_tensor(images, dtype=torch.float32) - mean) / deviation
-        return Split(normalized.reshape(-1, 1, 8, 8), torch.as_tensor(labels))
+        return TensorSplit(normalized.reshape(-1, 1, 8, 8), torch.as_tensor(labels))
 
-    return Digits(split(train, train_labels), split(validation, validation_labels), split(test, test_labels))
+    return Dataset(
+        split(train, train_labels),
+        split(validation, validation_labels),
+        split(test, test_labels),
+        classes=10,
+        shape=(1, 8, 8),
+    )

@@ -9,19 +9,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from benchmarks.compression.colours import COLOURS, MARKERS
+from benchmarks.compression.demo_training import BITS, SHOWN_LAYER, Result
 from benchmarks.compression.quantize import SCHEMES
-from benchmarks.compression.train import BITS, SHOWN_LAYER, Result
+from benchmarks.compression.regularization import TITLES
+from benchmarks.compression.spread import spread
 
-TITLES = {None: "plain", "linf": "L∞", "margin": "margin", "soft_min_max": "soft-min-max"}
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {None: "#6b7280", "linf": "#e69f00", "margin": "#009e73", "soft_min_max": "#0072b2"}
-MARKERS = {None: "o", "linf": "s", "margin": "^", "soft_min_max": "D"}
 CHANCE = 10.0  # Ten classes of about equal size.
-
-
-def spread(values: Sequence[float]) -> float:
-    """The sample standard deviation; NaN of one value."""
-    return statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
 def draw(results: Mapping[str | None, Sequence[Result]], path: Path) -> None:
