@@ -15,8 +15,8 @@ class CarriedStatistics:
     """The statistics of some layers, in the form of the operators, with what tells whether a weight has changed.
 
     A change is seen by the tensor's identity, its version counter and its address: an in-place operation counts the
-    version up, ``load_state_dict`` copies in place, and ``weight.data = other`` changes the address. What writes through
-    ``weight.data`` or another alias without a version of its own is not seen.
+    version up, ``load_state_dict`` copies in place, and ``weight.data = other`` changes the address. A write through
+    ``weight.data``, which has a version of its own, is not seen.
 
     Attributes:
         layers: which of the regularizer's layers these are.

@@ -1,9 +1,9 @@
 """AdamW and SGD whose step carries the range penalty along: no pass over the weights of its own.
 
 A step reads each weight and its gradient and writes the weight. The penalty's gradient is added on the way in, from
-statistics that were gathered on the way out of the step before, and the statistics of the new weights are gathered while
-these are still in the cache. Nothing changes the weights in between, so the statistics are exact, and where something
-did, as at the first step, they are computed anew.
+statistics that were gathered on the way out of the step before: those of the new weights, while they are in the cache.
+Nothing changes the weights in between, so the statistics are exact, and where something did, as at the first step, they
+are computed anew.
 
 Both take the arguments of ``torch.optim``'s of the same name, with the same defaults, and have the same parameter
 groups, state and hooks; ``state_dict`` goes from either to the other. One fused implementation serves all settings of
@@ -107,9 +107,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
         return layers
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, clip_coefficient: float | Tensor | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, clip_coefficient: float | Tensor | None = None) -> Any:
         """One step, with the penalty's gradient at the weights as they are now.
 
         Args:
@@ -278,7 +276,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("regularizer", "decoupled", "state_dtype", "stochastic_rounding", "_step_supports_amp_scaling")
-        return super().__getstate__() | {name: getattr(self, name) for name in kept}  # type: ignore[no-any-return]
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r2_kernels.backends.triton import operators
-from r2_kernels.backends.triton.operators import EMPTY_ROWS, EXTREMES, LANGUAGE_DTYPES, REGIMES, SLOPE_REGIMES
+from r2_kernels.backends.triton.operators import EXTREMES, LANGUAGE_DTYPES, REGIMES, SLOPE_REGIMES
 from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
 from r2_kernels.backends.triton.step_kernel import finish_tensors, step_chunks
 from r2_kernels.backends.triton.step_table import Dtypes, StepTable, StepTensors, find_tables
@@ -143,7 +143,7 @@ def step_constants(
         "prepare_update": rule.prepare,
         "update": rule.update,
         **{name: getattr(functions, name, None) for name in names},
-        "STATISTICS": 0 if penalty is None else len(EMPTY_ROWS[penalty]),
+        "STATISTICS": 0 if penalty is None else len(by_name(penalty).statistics),
         "EXTREMES": 0 if penalty is None else EXTREMES[penalty],
         "REGIMES": 0 if penalty is None else REGIMES[penalty],
         "SLOPE_REGIMES": 0 if penalty is None else SLOPE_REGIMES[penalty],
@@ -167,9 +167,17 @@ def finish_constants(penalty: str | None, dtypes: Dtypes) -> dict[str, Any]:
     count = {"COUNT": LANGUAGE_DTYPES[dtypes.count]}
     if penalty is not None:
         return operators.merge_constants(penalty, dtypes.weight) | count
-    nothing = dict.fromkeys(("convert", "merge", "across", "finalize"))
-    unused = {"EMPTY": (), "SUMS": 0, "ACCUMULATOR": tl.float32, "CHUNK": CHUNK_SIZE, "LANES": 1, "num_warps": 1}
-    return nothing | unused | count
+    nothing = dict.fromkeys(("neutral", "convert", "finalize"))
+    unused = {
+        "EXTREMES": 0,
+        "STATISTICS": 0,
+        "SUMS": 0,
+        "ACCUMULATOR": tl.float32,
+        "CHUNK": CHUNK_SIZE,
+        "LANES": 1,
+        "num_warps": 1,
+    }
+    return nothing | unused | shape | count
 
 
 def _step(
