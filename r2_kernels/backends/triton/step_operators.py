@@ -177,7 +177,7 @@ def finish_constants(penalty: str | None, dtypes: Dtypes) -> dict[str, Any]:
         "LANES": 1,
         "num_warps": 1,
     }
-    return nothing | unused | shape | count
+    return nothing | unused | count
 
 
 def _step(
