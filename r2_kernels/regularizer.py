@@ -14,7 +14,7 @@ from r2_kernels import functional, ops
 from r2_kernels.carried_statistics import CarriedStatistics
 from r2_kernels.penalties import by_name
 from r2_kernels.report import Report, layer_report
-from r2_kernels.validation import check_parameter, check_weights, value_dtype
+from r2_kernels.validation import check_parameter, check_weights, overlaps_itself, value_dtype
 
 Selection = Callable[[str, Tensor], bool] | str | Sequence[str]
 Strength = float | Tensor | Sequence[float] | Callable[[int], float]
@@ -324,7 +324,7 @@ class RangeRegularizer(nn.Module):
                     f"gradient of weights[{index}] ({layer.name!r}): expected shape {tuple(weight.shape)} on "
                     f"{weight.device}, got {tuple(gradient.shape)} on {gradient.device}"
                 )
-            if not gradient.is_contiguous() and _overlaps_itself(gradient):
+            if not gradient.is_contiguous() and overlaps_itself(gradient):
                 raise ValueError(
                     f"gradient of weights[{index}] ({layer.name!r}): expected one memory location per entry, "
                     f"got overlapping ones, strides {gradient.stride()}"
@@ -335,17 +335,6 @@ class RangeRegularizer(nn.Module):
         if not all(is_finite):
             layers = [repr(name) for name, finite in zip(self.names, is_finite, strict=True) if not finite]
             raise FloatingPointError(f"the {self.penalty} penalty is not finite for {', '.join(layers)}")
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether entries share memory; never wrong where it says no."""
-    reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < reach:
-                return True
-            reach = stride * (size - 1) + reach
-    return False
 
 
 def _scale(scale: float | Tensor) -> float | Tensor:

@@ -66,5 +66,16 @@ def value_dtype(weights: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(weight.dtype is torch.float64 for weight in weights) else torch.float32
 
 
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether some entries share memory; where it says no, none do."""
+    reach = 1
+    dimensions = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(dimension for dimension in dimensions if dimension[1] != 1):
+        if stride < reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
 def _called(index: int, names: Sequence[str] | None) -> str:
     return f"weights[{index}]" if names is None else f"weights[{index}] ({names[index]!r})"

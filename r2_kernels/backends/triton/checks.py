@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from r2_kernels.penalties import Penalty
-from r2_kernels.validation import FLOATING_DTYPES
+from r2_kernels.validation import FLOATING_DTYPES, overlaps_itself
 
 
 def check_weights(weights: Sequence[Tensor]) -> None:
@@ -29,7 +29,7 @@ def check_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> N
         if gradient.shape != weight.shape:
             expected, got = tuple(weight.shape), tuple(gradient.shape)
             raise RuntimeError(f"{name}: expected the shape of its weight, {expected}, got {got}")
-        if _overlaps_itself(gradient):
+        if overlaps_itself(gradient):
             raise RuntimeError(f"{name}: expected one memory location per entry, got strides {gradient.stride()}")
 
 
@@ -61,14 +61,3 @@ def _check_stored(tensor: Tensor, name: str, device: torch.device) -> None:
         raise RuntimeError(f"{name}: expected a tensor on {device}, got {tensor.device}")
     if tensor.dtype not in FLOATING_DTYPES:
         raise RuntimeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}")
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether some entries share memory; where it says no, none do."""
-    reach = 1
-    dimensions = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted(dimension for dimension in dimensions if dimension[1] != 1):
-        if stride < reach:
-            return tensor.numel() > 0
-        reach += stride * (size - 1)
-    return False
