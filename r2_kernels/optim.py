@@ -134,7 +134,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
         buckets = self._buckets()
         own = self._own_parameter()
         self._gather_where_stale(buckets, own)
-        coefficients = self._coefficients()
+        coefficients = self._coefficients(buckets)
         if own is not None:
             # Before the weights: what is gathered from the new weights is for the new M or temperature.
             self._step_own_parameter(own, buckets, coefficients, scaling)
@@ -157,12 +157,12 @@ class _FusedOptimizer(torch.optim.Optimizer):
             if bucket.carried is not None and not bucket.carried.hold_for(bucket.watched, own):
                 bucket.carried.gather(bucket.watched, own)
 
-    def _coefficients(self) -> Tensor | None:
+    def _coefficients(self, buckets: Sequence[_Bucket]) -> Tensor | None:
         """The strength of each layer."""
         if self.regularizer is None:
             return None
-        weights = self.regularizer.weights()
-        return self.regularizer.strengths(value_dtype(weights), weights[0].device)
+        watched = [weight for bucket in buckets for weight in bucket.watched]
+        return self.regularizer.strengths(value_dtype(watched), watched[0].device)
 
     def _buckets(self) -> list[_Bucket]:
         own = self._own_parameter()
