@@ -14,6 +14,7 @@ from r2_kernels import functional, ops
 from r2_kernels.carried_statistics import CarriedStatistics
 from r2_kernels.penalties import by_name
 from r2_kernels.report import Report, layer_report
+from r2_kernels.schedule import Schedule
 from r2_kernels.validation import check_parameter, check_weights, overlaps_itself, value_dtype
 
 Selection = Callable[[str, Tensor], bool] | str | Sequence[str]
@@ -67,6 +68,7 @@ class RangeRegularizer(nn.Module):
         penalty: ``"linf"``, ``"margin"`` or ``"soft_min_max"``.
         strength: what the penalty is multiplied with: a number, a sequence or tensor of one per layer, or a function
             of the step that returns a number. A step is one ``add_gradients_()`` or, in training mode, one ``reg()``.
+            None of these, whatever it changes to, makes ``torch.compile`` compile a step anew.
         temperature: the start of soft-min-max's temperature, in units of one over the weights', a number or one per
             layer. It must start high, or learn fast, enough for the length of the training.
         margin: the start of M in multiples of each layer's standard deviation, a number or one per layer.
@@ -105,10 +107,11 @@ class RangeRegularizer(nn.Module):
             raise ValueError("model: expected at least one weight to regularize, but none is chosen")
         weights = self.weights()
         check_weights(weights, self.names)
-        self.step = 0
+        # A tensor, and on the CPU whatever the model is on: the schedule's function runs there.
+        self._step = torch.zeros((), dtype=torch.int64, device="cpu")
         # What an optimizer has left of its last step, which `losses` and `report` take while it holds.
         self.carried_statistics: list[CarriedStatistics] = []
-        self.register_buffer("_strength_per_layer", None, persistent=False)
+        self.register_buffer("_strengths", None, persistent=False)
         self.strength = strength
         starts = {"temperature": temperature, "margin": margin}
         if self._rule.parameter is not None:
@@ -121,26 +124,43 @@ class RangeRegularizer(nn.Module):
         return [layer.name for layer in self._layers]
 
     @property
+    def step(self) -> int:
+        """How many steps a strength that is a function of the step has seen; it may be set."""
+        return int(self._step)
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step.fill_(step)
+
+    @property
     def strength(self) -> Strength:
-        """What the penalty is multiplied with, as given; it may be set at any time."""
-        return self._strength
+        """What the penalty is multiplied with; it may be set at any time, a tensor also be filled in place."""
+        if self._strength is not None:
+            return self._strength
+        assert self._strengths is not None
+        return self._strengths
 
     @strength.setter
     def strength(self, strength: Strength) -> None:
-        per_layer = None
-        if isinstance(strength, Tensor) or (isinstance(strength, Sequence) and not isinstance(strength, str)):
-            per_layer = _as_numbers("strength", strength, self.weights()[0].device)
-            if per_layer.ndim and per_layer.shape != (len(self._layers),):
-                raise ValueError(
-                    f"strength: expected one number per layer, shape ({len(self._layers)},), "
-                    f"got {tuple(per_layer.shape)}"
-                )
-        elif not callable(strength) and (isinstance(strength, bool) or not isinstance(strength, (int, float))):
+        is_number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+        is_list = isinstance(strength, Tensor) or (isinstance(strength, Sequence) and not isinstance(strength, str))
+        if not (is_number or is_list or callable(strength)):
             raise TypeError(
                 f"strength: expected a number, one per layer or a function of the step, got {type(strength).__name__}"
             )
-        self._strength_per_layer = per_layer
-        self._strength = strength if per_layer is None else per_layer
+        numbers = None
+        if is_list:
+            numbers = _as_numbers("strength", strength, self.weights()[0].device)
+            if numbers.ndim and numbers.shape != (len(self._layers),):
+                raise ValueError(
+                    f"strength: expected one number per layer, shape ({len(self._layers)},), got {tuple(numbers.shape)}"
+                )
+        elif is_number:
+            # For compiled graphs alone, to which each value of a Python number is another constant.
+            numbers = torch.tensor(strength, dtype=torch.float64, device=self.weights()[0].device)
+        self._strengths: Tensor | None = numbers
+        self._strength: Strength | None = None if is_list else strength
+        self._schedule = Schedule(strength) if callable(strength) and not is_list else None
 
     def weights(self) -> list[Tensor]:
         """The watched weights as they are now."""
@@ -290,20 +310,19 @@ class RangeRegularizer(nn.Module):
 
     def strengths(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The strength of each layer at this step, shape (layers,)."""
-        strength: Any = self._strength if self._strength_per_layer is None else self._strength_per_layer
-        if callable(strength):
-            strength = strength(self.step)
-            is_number = isinstance(strength, (int, float)) or (isinstance(strength, Tensor) and strength.numel() == 1)
-            if not is_number:
-                raise TypeError(f"strength: expected a function that returns a number, got {strength!r} from it")
+        strength: Any = self._strengths
+        if self._schedule is not None:
+            strength = self._schedule.at(self._step)
+        elif not torch.compiler.is_compiling() and self._strength is not None:
+            strength = self._strength
         if isinstance(strength, Tensor):
             return strength.detach().to(device, dtype).expand(len(self._layers))
         return torch.full((len(self._layers),), strength, dtype=dtype, device=device)
 
     def advance(self) -> None:
         """Count a step; ``add_gradients_``, a training ``reg()`` and the optimizers of ``r2_kernels.optim`` do it."""
-        if callable(self.strength):  # Only a schedule counts: a number that changed each step would recompile a graph.
-            self.step += 1
+        if self._schedule is not None:  # Nothing else depends on the step.
+            self._step.add_(1)
 
     def _check_gradients(self, weights: Sequence[Tensor]) -> None:
         for index, (weight, layer) in enumerate(zip(weights, self._layers, strict=True)):

@@ -8,11 +8,14 @@ missing and how to get it. A new backend is one such module and one line in ``BA
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+
+import torch
 
 ENVIRONMENT_VARIABLE = "R2_KERNELS_BACKEND"
 BACKENDS = ("reference", "cpu", "triton")
@@ -41,6 +44,12 @@ def load(name: str, device_type: str | None = None) -> ModuleType:
         RuntimeError: the backend misses something here; the message says what, and how to get it.
         ValueError: an unknown name, or the backend does not compute on that type of device.
     """
+    _require(name, device_type)
+    return sys.modules[f"{__name__}.{name}"]
+
+
+@torch.compiler.assume_constant_result  # Traced, it is asked once: torch.compile can follow no import.
+def _require(name: str, device_type: str | None) -> None:
     backend = by_name(name)
     reason = backend.why_unavailable()
     if reason is not None:
@@ -48,7 +57,6 @@ def load(name: str, device_type: str | None = None) -> ModuleType:
     if device_type is not None and backend.DEVICE_TYPES and device_type not in backend.DEVICE_TYPES:
         expected = " or ".join(backend.DEVICE_TYPES)
         raise ValueError(f"backend {name!r}: expected weights on device {expected}, got {device_type}")
-    return backend
 
 
 @contextmanager
