@@ -106,20 +106,20 @@ def _images(
     Args:
         widths, trainings: of the three networks.
         fine_tuning: of a quantized or palettized network.
-        is_whole: the second and third with all bits and peers, not only with what is claimed. Cells are the same.
+        is_whole: with all bits, settings and peers, not only with what is claimed. Cells are the same.
     """
     ewgs = _qat(fine_tuning, (4, 3, 2) if is_whole else (2,))
     palettes = tuple(Palettization(bits, fine_tuning) for bits in ((4, 2, 1) if is_whole else (1,)))
-    few = CANDIDATES if is_whole else {penalty: CANDIDATES[penalty][:2] for penalty in PENALTIES}
+    candidates = CANDIDATES if is_whole else {penalty: CANDIDATES[penalty][:2] for penalty in PENALTIES}
     claimed_ewgs = QuantizationAwareTraining(2, EWGS_DELTA, fine_tuning, BOUNDS_LEARNING_RATE)
     networks = (
-        ("MobileNetV2", CANDIDATES, _grid(), CLAIMED_PTQ),
-        ("MobileNetV1", few, ewgs, (claimed_ewgs,)),
-        ("ResNet-18", few, palettes, (Palettization(1, fine_tuning),)),
+        ("MobileNetV2", candidates, _grid(), CLAIMED_PTQ),
+        ("MobileNetV1", candidates, ewgs, (claimed_ewgs,)),
+        ("ResNet-18", candidates, palettes, (Palettization(1, fine_tuning),)),
     )
     parts = tuple(
-        Part(data, model, width, training, candidates, compressions, criteria)
-        for (model, candidates, compressions, criteria), width, training in zip(
+        Part(data, model, width, training, searched, compressions, criteria)
+        for (model, searched, compressions, criteria), width, training in zip(
             networks, widths, trainings, strict=True
         )
     )
