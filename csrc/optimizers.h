@@ -4,7 +4,8 @@
 //
 //   Scalars    what is the same for all entries of a tensor, in float64
 //   kStates    how many numbers it keeps for each entry, and how many of them these scalars use: states()
-//   Update<V>  the new entry from the old one and its gradient; the states are updated in place
+//   Update<V>  the new entry from the old one and its gradient; the states are updated in place. specialize() makes
+//              constants of the flags where is_usual() says that they are so: with kUsualStates, the common case
 //
 // V is a vector of float or double, as in penalties.h, which says why constructors are written out.
 #pragma once
@@ -33,7 +34,7 @@ inline namespace R2_INSTRUCTION_SET {
 // max_exp_avg_sq.
 struct AdamW {
   using Scalars = AdamWScalars;
-  static constexpr int kStates = 3;
+  static constexpr int kStates = 3, kUsualStates = 2;
   static int states(const Scalars& scalars) { return scalars.is_amsgrad ? 3 : 2; }
 
   template <class V>
@@ -50,6 +51,9 @@ struct AdamW {
           step_size(broadcast<V>(scalars.step_size)),
           inverse_root(broadcast<V>(scalars.inverse_root)),
           is_amsgrad(scalars.is_amsgrad) {}
+
+    bool is_usual() const { return !is_amsgrad; }
+    R2_INLINE void specialize() { is_amsgrad = false; }
 
     R2_INLINE V operator()(V w, V gradient, V (&states)[kStates]) const {
       states[0] = states[0] + share1 * (gradient - states[0]);
@@ -68,7 +72,7 @@ struct AdamW {
 // learning rate when it is applied. State: momentum_buffer.
 struct Sgd {
   using Scalars = SgdScalars;
-  static constexpr int kStates = 1;
+  static constexpr int kStates = 1, kUsualStates = 1;
   static int states(const Scalars& scalars) { return scalars.momentum != 0 ? 1 : 0; }
 
   template <class V>
@@ -83,6 +87,12 @@ struct Sgd {
           share(broadcast<V>(scalars.share)),
           has_momentum(scalars.momentum != 0),
           is_nesterov(scalars.is_nesterov) {}
+
+    bool is_usual() const { return has_momentum && !is_nesterov; }
+    R2_INLINE void specialize() {
+      has_momentum = true;
+      is_nesterov = false;
+    }
 
     R2_INLINE V operator()(V w, V gradient, V (&states)[kStates]) const {
       gradient = gradient + weight_decay * w;

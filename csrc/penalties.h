@@ -4,7 +4,8 @@
 //
 //   Row         its statistics, doubles in the order of `statistics` in r2_kernels/penalties.py; empty(), merge() and
 //               finalize() give the same numbers whichever way a segment was cut
-//   Sums<V>     what one lane adds up over a chunk: add() an entry, merge() another lane's; all of it is in `fields`
+//   Sums<V>     what one lane adds up over a chunk: add() an entry, merge() another lane's; all of it is in `fields`.
+//               kIsFirstLook says whether reduce() may ask for them before it has seen all entries
 //   Slope<V>    the gradient with respect to an entry, from a finished row
 //   reduce()    which sums make the row of a chunk, and apply(), which slope its gradient; the chunk is the skeleton's
 //               and offers sum<Sums>(...) and apply<Slope>(...), with the arguments of their constructors
@@ -167,6 +168,8 @@ struct LInf {
   // A NaN, whose bits are larger than those of any number, comes and stays.
   template <class V>
   struct Maximum {
+    static constexpr bool kIsFirstLook = true;
+
     V fields[1];
 
     R2_INLINE Maximum() : fields{V{}} {}
@@ -182,6 +185,8 @@ struct LInf {
 
   template <class V>
   struct Count {
+    static constexpr bool kIsFirstLook = false;
+
     V fields[1];
     V maximum;
 
@@ -246,6 +251,8 @@ struct Margin {
 
   template <class V>
   struct Sums {
+    static constexpr bool kIsFirstLook = true;
+
     V fields[2];  // the excess over |M|, and how many entries exceed it
     V margin;
 
@@ -318,6 +325,8 @@ struct SoftMinMax {
   // The extremes. They drop a NaN: the sums that follow keep it.
   template <class V>
   struct Extent {
+    static constexpr bool kIsFirstLook = true;
+
     V fields[2];  // the maximum and the minimum
 
     R2_INLINE Extent()
@@ -385,6 +394,8 @@ struct SoftMinMax {
 
   template <class V, int kCount>
   struct AdditiveSums {
+    static constexpr bool kIsFirstLook = false;
+
     V fields[kCount];
 
     R2_INLINE AdditiveSums() {
@@ -425,6 +436,8 @@ struct SoftMinMax {
   // The sums of powers, and the extremes, in one look.
   template <class V, int kOrder>
   struct PowerSumsAndExtent {
+    static constexpr bool kIsFirstLook = true;
+
     V fields[kOrder + 2];  // the sums, the maximum, the minimum
     V center, inverse_reach;
 

@@ -25,6 +25,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 ]
 each_penalty = pytest.mark.parametrize("penalty", ["linf", "margin", "soft_min_max"])
 
+# Each of them has soft-min-max compute in another way.
+TEMPERATURES = [("soft_min_max", temperature) for temperature in (0.0, 1e-3, 0.01, 0.1, 1.0, 10.0)]
+
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
     """More than a chunk in one weight, odd sizes, and biases that nobody watches."""
@@ -124,6 +127,38 @@ def test_losses_after_a_step_are_those_of_the_new_weights(penalty: str, monkeypa
     expected = reg._values()
     monkeypatch.setattr(RangeRegularizer, "_values", lambda self: pytest.fail("a pass over the weights"))
     assert torch.equal(torch.stack(list(reg.losses().values())), expected.detach())
+
+
+@pytest.mark.parametrize("settings", [{}, {"amsgrad": True}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+@pytest.mark.parametrize(("penalty", "start"), [("linf", None), ("margin", 1.0), *TEMPERATURES])
+def test_statistics_of_a_step_are_bitwise_those_of_a_pass(
+    penalty: str, start: float | None, settings: dict[str, Any]
+) -> None:
+    """A step gathers them from registers, in one look where it can; a pass over the new weights must not tell."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(size, generator=generator)) for size in (1, 15, 1024, 1041, 16384, 40001)]
+    with torch.no_grad():
+        weights[-1][1500] = 1e4  # what the first entries of a chunk do not suggest
+        weights[-1][20000] = torch.inf
+        weights[-2][-1] = torch.nan
+        weights[2][5] = 1e-40
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    starts = {} if penalty == "linf" else {"margin" if penalty == "margin" else "temperature": start}
+    reg = RangeRegularizer([(str(i), w) for i, w in enumerate(weights)], penalty, include="*", **starts)
+    kind = optim.SGD if "momentum" in settings else optim.AdamW
+    optimizer = kind(weights, lr=0.01, regularizer=reg, **settings)
+    optimizer.step()
+    (carried,) = reg.carried_statistics
+    _, _, statistics, partials = torch.ops.r2_kernels.reduce(penalty, weights, carried.parameter)
+    assert_bitwise_equal(carried.statistics, statistics)
+    assert_bitwise_equal(carried.partials, partials)
+
+
+def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """NaNs count as equal whatever their bits."""
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.nan_to_num().view(torch.int64), expected.nan_to_num().view(torch.int64))
 
 
 def change_in_place(model: nn.Module) -> None:

@@ -119,9 +119,7 @@ def _images(
     )
     parts = tuple(
         Part(data, model, width, training, searched, compressions, criteria)
-        for (model, searched, compressions, criteria), width, training in zip(
-            networks, widths, trainings, strict=True
-        )
+        for (model, searched, compressions, criteria), width, training in zip(networks, widths, trainings, strict=True)
     )
     return Study(name, (*parts, _fine_tuned(parts[0])), seeds=3)
 

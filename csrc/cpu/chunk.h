@@ -9,6 +9,75 @@
 namespace r2 {
 inline namespace R2_INSTRUCTION_SET {
 
+// Entries added up in one go before they join the total: few enough that float32 sums of positive numbers stay within a
+// few units of the last place.
+constexpr int64_t kBlock = 1024;
+
+// All lanes of `sums`, merged in order into `total`, which starts as they did.
+template <class Vector, class Total, class VectorSums>
+Total fold(Total total, const VectorSums& sums) {
+  using Scalar = lane_t<Vector>;
+  Total lane = total;
+  constexpr size_t kFields = sizeof(total.fields) / sizeof(double);
+  Scalar lanes[kFields][kLanes<Vector>];
+  __builtin_memcpy(lanes, sums.fields, sizeof(lanes));
+  for (int i = 0; i < kLanes<Vector>; ++i) {
+    for (size_t field = 0; field < kFields; ++field) lane.fields[field] = lanes[field][i];
+    total.merge(lane);
+  }
+  return total;
+}
+template <class Total, class ScalarSums>
+Total converted(Total result, const ScalarSums& sums) {
+  for (size_t i = 0; i < sizeof(result.fields) / sizeof(double); ++i) result.fields[i] = sums.fields[i];
+  return result;
+}
+
+// Adds whole vectors of the entries in [begin, end) to `sums`, block by block; `begin` is a multiple of a block. Where
+// entries come from is the source's affair. Returns how far it came.
+template <class Source, class VectorSums>
+R2_INLINE int64_t add_blocks(Source entries, int64_t begin, int64_t end, const VectorSums& zero, VectorSums& sums) {
+  constexpr int kWidth = kLanes<typename Source::Vector>;
+  int64_t i = begin;
+  while (i + kWidth <= end) {
+    const int64_t stop = i + kBlock < end ? i + kBlock : i + (end - i) / kWidth * kWidth;
+    VectorSums block = zero, second_block = zero;  // two, so that one add need not wait for the last
+    for (; i + 2 * kWidth <= stop; i += 2 * kWidth) {
+      const Pair<typename Source::Vector> w = entries.pair(i);
+      block.add(w.first);
+      second_block.add(w.second);
+    }
+    if (i < stop) {
+      block.add(entries.vector(i));
+      i += kWidth;
+    }
+    block.merge(second_block);
+    sums.merge(block);
+  }
+  return i;
+}
+
+// The sums of all lanes, and of the last entries, fewer than a vector has, each of them constructed from `arguments`.
+template <template <class> class Sums, class Vector, class Storage, class... Arguments>
+Sums<double> total_of(const Sums<Vector>& sums, const Storage* last, int64_t count, const Arguments&... arguments) {
+  Sums<double> total = fold<Vector>(Sums<double>(arguments...), sums);
+  Sums<lane_t<Vector>> rest(arguments...);
+  for (int64_t i = 0; i < count; ++i) rest.add(static_cast<lane_t<Vector>>(last[i]));
+  total.merge(converted(total, rest));
+  return total;
+}
+
+// Entries as they are stored.
+template <class Storage>
+struct StoredEntries {
+  using Vector = vector_t<Storage>;
+
+  const Storage* weight;
+
+  R2_INLINE Pair<Vector> pair(int64_t i) const { return load_pair(weight + i); }
+  R2_INLINE Vector vector(int64_t i) const { return load(weight + i); }
+};
+
 // Consecutive entries of one weight, and where their gradients are or go.
 //
 //   weight      `size` entries of Storage, at any alignment
@@ -54,7 +123,7 @@ class Chunk {
 
    private:
     using ChunkScalar = scalar_t<Storage>;
-    const Chunk& chunk_;
+    const Chunk chunk_;
   };
   InFloat64 in_float64() const { return InFloat64(*this); }
 
@@ -63,27 +132,8 @@ class Chunk {
   Sums<double> sum(const Arguments&... arguments) const {
     const Sums<Vector> zero(arguments...);
     Sums<Vector> sums = zero;
-    int64_t i = 0;
-    while (i + kWidth <= size_) {
-      const int64_t stop = i + kBlock < size_ ? i + kBlock : size_;
-      Sums<Vector> block = zero, second_block = zero;  // two, so that one add need not wait for the last
-      for (; i + 2 * kWidth <= stop; i += 2 * kWidth) {
-        const Pair<Vector> w = load_pair(weight_ + i);
-        block.add(w.first);
-        second_block.add(w.second);
-      }
-      if (i + kWidth <= stop) {
-        block.add(load(weight_ + i));
-        i += kWidth;
-      }
-      block.merge(second_block);
-      sums.merge(block);
-    }
-    Sums<double> total = fold(Sums<double>(arguments...), sums);
-    Sums<Scalar> rest(arguments...);
-    for (; i < size_; ++i) rest.add(static_cast<Scalar>(weight_[i]));
-    total.merge(converted(total, rest));
-    return total;
+    const int64_t i = add_blocks(StoredEntries<Storage>{weight_}, 0, size_, zero, sums);
+    return total_of<Sums, Vector>(sums, weight_ + i, size_ - i, arguments...);
   }
 
   // The gradient of each entry.
@@ -136,7 +186,7 @@ class Chunk {
       oldest.count = 0;
     }
     for (const Touched& last : touched) apply_where(last, slope);
-    Sums<double> total = fold(Sums<double>(parameter), sums);
+    Sums<double> total = fold<Vector>(Sums<double>(parameter), sums);
     const Slope<Scalar> scalar_slope(parameter, coefficient);
     Sums<Scalar> rest(parameter);
     for (; i < size_; ++i) {
@@ -150,10 +200,6 @@ class Chunk {
 
  private:
   static constexpr int kWidth = kLanes<Vector>;
-  // Entries added up in one go before they join the total: few enough that float32 sums of positive numbers stay
-  // within a few units of the last place.
-  static constexpr int64_t kBlock = 1024;
-
   // Blocks between asking for memory and using it: longer than it takes to come.
   static constexpr int kLag = 4;
 
@@ -169,25 +215,6 @@ class Chunk {
       const int64_t i = touched.entries[k];
       put(slope(load(weight_ + i)), i);
     }
-  }
-
-  // All lanes of `sums`, merged in order.
-  template <class Total, class VectorSums>
-  static Total fold(Total total, const VectorSums& sums) {
-    Total lane = total;
-    constexpr size_t kFields = sizeof(total.fields) / sizeof(double);
-    Scalar lanes[kFields][kWidth];
-    __builtin_memcpy(lanes, sums.fields, sizeof(lanes));
-    for (int i = 0; i < kWidth; ++i) {
-      for (size_t field = 0; field < kFields; ++field) lane.fields[field] = lanes[field][i];
-      total.merge(lane);
-    }
-    return total;
-  }
-  template <class Total, class ScalarSums>
-  static Total converted(Total result, const ScalarSums& sums) {
-    for (size_t i = 0; i < sizeof(result.fields) / sizeof(double); ++i) result.fields[i] = sums.fields[i];
-    return result;
   }
 
   void put(Vector slope, int64_t i) const {

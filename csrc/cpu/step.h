@@ -1,12 +1,12 @@
-// The skeleton of an optimizer's step on a CPU core: load, slope, update, store. It knows neither penalty nor rule;
-// included once per instruction set.
+// The skeleton of an optimizer's step on a CPU core: load, slope, update, store, and add up the new weights while they
+// are in registers. It knows neither penalty nor rule; included once per instruction set.
 #pragma once
 
 #include <type_traits>
 
-#include "rounding.h"
+#include "chunk.h"
 #include "square_root.h"  // before the rules, which call it
-#include "step_kernels.h"
+#include "staging.h"
 
 namespace r2 {
 inline namespace R2_INSTRUCTION_SET {
@@ -20,181 +20,233 @@ struct NoPenalty {
   };
 };
 
+// What becomes of one vector's worth of entries.
+template <class Rule, class VectorSlope, class V>
+struct VectorStep {
+  using Vector = V;
+  using Scalar = lane_t<V>;
+  using Blocks = Staging<Scalar, Rule::kStates>;
+  using Block = typename Blocks::Block;
+  static constexpr int kUsualStates = Rule::kUsualStates;
+  // Entries that are asked for in advance: the arithmetic of a step fills a core's window before that sees enough of
+  // what comes next to keep the memory busy.
+  static constexpr int64_t kAhead = 512;
+
+  VectorSlope slope;
+  typename Rule::template Update<V> update;
+  V gradient_scale;
+  int states;
+  bool is_decoupled;
+
+  // Whether the settings are the usual ones, and a copy that compilers see to be so, without a branch.
+  bool is_usual() const { return !is_decoupled && states == Rule::kUsualStates && update.is_usual(); }
+  R2_INLINE void specialize() {
+    is_decoupled = false;
+    states = Rule::kUsualStates;
+    update.specialize();
+  }
+
+  // Steps the entries from the i-th of the block on; returns the new weights.
+  R2_INLINE V operator()(const Block& at, int64_t i) const {
+    V w = load(at.weight + i);
+    V gradient = load(at.gradient + i) * gradient_scale;
+    if constexpr (!std::is_same_v<VectorSlope, NoPenalty::Slope<V>>) {
+      const V pull = slope(w);
+      if (is_decoupled) {
+        w = w - pull;
+      } else {
+        gradient = gradient + pull;
+      }
+    }
+    __builtin_prefetch(at.weight + i + kAhead);
+    __builtin_prefetch(at.gradient + i + kAhead);
+    V state[Rule::kStates] = {};
+    for (int s = 0; s < Rule::kStates; ++s) {
+      if (s >= states) continue;
+      state[s] = load(at.states[s] + i);
+      __builtin_prefetch(at.states[s] + i + kAhead);
+    }
+    w = update(w, gradient, state);
+    store(at.weight + i, w);
+    for (int s = 0; s < Rule::kStates; ++s) {
+      if (s < states) store(at.states[s] + i, state[s]);
+    }
+    return w;
+  }
+
+  // Fewer entries than a vector has, in one of their own, so that what becomes of an entry does not depend on where it
+  // lies.
+  void rest(const Block& at, int64_t i) const {
+    Scalar padded[Rule::kStates + 2][kLanes<V>] = {};
+    const int64_t bytes = (at.count - i) * sizeof(Scalar);
+    Block block{0, at.count - i, padded[0], padded[1], {}};
+    __builtin_memcpy(padded[0], at.gradient + i, bytes);
+    __builtin_memcpy(padded[1], at.weight + i, bytes);
+    for (int s = 0; s < states; ++s) {
+      block.states[s] = padded[s + 2];
+      __builtin_memcpy(padded[s + 2], at.states[s] + i, bytes);
+    }
+    (*this)(block, 0);
+    __builtin_memcpy(at.weight + i, padded[1], bytes);
+    for (int s = 0; s < states; ++s) __builtin_memcpy(at.states[s] + i, padded[s + 2], bytes);
+  }
+
+  // Steps the entries in [begin, end).
+  R2_INLINE void all(Blocks& blocks, int64_t begin, int64_t end) const {
+    const VectorStep step = *this;  // in registers, which memory that is written cannot alias
+    for (int64_t next; begin < end; begin = next) {
+      next = end - begin < blocks.most() ? end : begin + blocks.most();
+      const Block at = blocks.open(begin, next - begin);
+      int64_t i = 0;
+      for (; i + kLanes<V> <= at.count; i += kLanes<V>) step(at, i);
+      if (i < at.count) rest(at, i);
+      blocks.close(at);
+    }
+  }
+};
+
+// New weights, each of which is stepped when it is asked for.
+template <class Step>
+class SteppedEntries {
+ public:
+  using Vector = typename Step::Vector;
+
+  R2_INLINE SteppedEntries(const Step& step, const typename Step::Blocks& blocks, int64_t begin, int64_t size)
+      : step_(step), at_(blocks.in_place(begin, size, Step::kUsualStates)) {
+    step_.specialize();
+  }
+
+  R2_INLINE Vector vector(int64_t i) const { return step_(at_, i); }
+  R2_INLINE Pair<Vector> pair(int64_t i) const {
+    const Vector first = vector(i);
+    return {first, vector(i + kLanes<Vector>)};
+  }
+
+ private:
+  Step step_;  // in registers, as above
+  const typename Step::Block at_;
+};
+
+// A chunk whose entries are stepped when they are first summed up: what a penalty's reduce() takes, which so sees the
+// new weights. Its sums are those of Chunk, bit by bit, whatever was in registers when.
+template <class Step>
+class SteppedChunk {
+ public:
+  using Scalar = typename Step::Scalar;
+
+  // The first `stepped` entries of the blocks have been stepped; `weight` is of the first one.
+  SteppedChunk(const Step& step, typename Step::Blocks& blocks, Scalar* weight, int64_t size, int64_t& stepped)
+      : SteppedChunk(step, blocks, weight, 0, size, stepped) {}
+
+  int64_t size() const { return size_; }
+  SteppedChunk part(int64_t begin, int64_t size) const {
+    return SteppedChunk(step_, blocks_, weight_, begin_ + begin, begin + size < size_ ? size : size_ - begin, stepped_);
+  }
+  auto in_float64() const { return stored().in_float64(); }
+
+  template <template <class> class Sums, class... Arguments>
+  Sums<double> sum(const Arguments&... arguments) const {
+    // What is not a first look is added up once all is stepped, which keeps the combinations few.
+    if constexpr (Sums<Vector>::kIsFirstLook) {
+      if (stepped_ < begin_ + size_) return sum_and_step<Sums>(arguments...);
+    }
+    return stored().template sum<Sums>(arguments...);
+  }
+
+  // The entries, all of them stepped.
+  Chunk<Scalar> stored() const {
+    if (stepped_ < begin_ + size_) step_.all(blocks_, stepped_, begin_ + size_);
+    stepped_ = stepped_ < begin_ + size_ ? begin_ + size_ : stepped_;
+    return Chunk<Scalar>(weight_ + begin_, nullptr, size_);
+  }
+
+ private:
+  using Vector = typename Step::Vector;
+
+  template <template <class> class Sums, class... Arguments>
+  Sums<double> sum_and_step(const Arguments&... arguments) const {
+    const Scalar* weight = weight_ + begin_;
+    const Sums<Vector> zero(arguments...);
+    Sums<Vector> sums = zero;
+    int64_t i = add_blocks(StoredEntries<Scalar>{weight}, 0, stepped_ - begin_, zero, sums);
+    i = add_blocks(SteppedEntries<Step>(step_, blocks_, begin_, size_), i, size_, zero, sums);
+    stepped_ = begin_ + i;
+    stored();
+    return total_of<Sums, Vector>(sums, weight + i, size_ - i, arguments...);
+  }
+
+  SteppedChunk(const Step& step, typename Step::Blocks& blocks, Scalar* weight, int64_t begin, int64_t size,
+               int64_t& stepped)
+      : step_(step), blocks_(blocks), weight_(weight), begin_(begin), size_(size), stepped_(stepped) {}
+
+  const Step& step_;
+  typename Step::Blocks& blocks_;
+  Scalar* const weight_;
+  const int64_t begin_, size_;
+  int64_t& stepped_;
+};
+
 // A chunk whose apply() steps: what a penalty's apply() takes. Computes in T, which is float, or double for weights of
-// float64 and where a penalty asks for it; arrays of another storage pass through a buffer in the first cache.
-template <class Rule, class T>
+// float64 and where a penalty asks for it.
+template <class Rule, class Penalty, class T>
 class StepChunk {
  public:
   using Scalar = T;
   using Vector = vector_t<T>;
   using Scalars = typename Rule::Scalars;
 
-  StepChunk(const StepArrays& arrays, const Scalars& scalars, double gradient_scale, bool is_decoupled,
-            const RoundingKey& rounding)
+  // The row of the new weights goes to `new_row`, unless that is null, and `has_row` becomes true if it did.
+  StepChunk(const StepArrays& arrays, const Scalars& scalars, double gradient_scale, const StepPenalty& penalty,
+            const RoundingKey& rounding, double* new_row, bool& has_row)
       : arrays_(arrays),
         scalars_(scalars),
         gradient_scale_(gradient_scale),
-        is_decoupled_(is_decoupled),
-        rounding_(rounding) {}
+        penalty_(penalty),
+        rounding_(rounding),
+        new_row_(new_row),
+        has_row_(has_row) {}
 
   int64_t size() const { return arrays_.size; }
-  StepChunk<Rule, double> in_float64() const {
-    return StepChunk<Rule, double>(arrays_, scalars_, gradient_scale_, is_decoupled_, rounding_);
+  StepChunk<Rule, Penalty, double> in_float64() const {
+    return StepChunk<Rule, Penalty, double>(arrays_, scalars_, gradient_scale_, penalty_, rounding_, nullptr, has_row_);
   }
 
   template <template <class> class Slope, class... Arguments>
   void apply(const Arguments&... arguments) const {
-    const Slope<Vector> slope(arguments...);
-    const typename Rule::template Update<Vector> update(scalars_);
-    constexpr bool kHasPenalty = !std::is_same_v<Slope<Vector>, NoPenalty::Slope<Vector>>;
+    using Step = VectorStep<Rule, Slope<Vector>, Vector>;
     const int states = Rule::states(scalars_);
-    const bool is_staged = arrays_.weight_storage != kStorage || arrays_.gradient_storage != kStorage ||
-                           (states > 0 && arrays_.state_storage != kStorage);
-    const int64_t block = is_staged ? kBlock : arrays_.size;
-    T buffers[Rule::kStates + 2][kBlock];
-    for (int64_t begin = 0; begin < arrays_.size; begin += block) {
-      const int64_t count = begin + block < arrays_.size ? block : arrays_.size - begin;
-      Pointers at{};
-      at.gradient = read(arrays_.gradient, arrays_.gradient_storage, begin, count, buffers[0]);
-      at.weight = read(arrays_.weight, arrays_.weight_storage, begin, count, buffers[1]);
-      for (int i = 0; i < states; ++i) {
-        at.states[i] = read(arrays_.states[i], arrays_.state_storage, begin, count, buffers[i + 2]);
-      }
-      run<kHasPenalty>(at, count, states, slope, update);
-      write(arrays_.weight, arrays_.weight_storage, begin, count, at.weight, 0);
-      for (int i = 0; i < states; ++i) {
-        write(arrays_.states[i], arrays_.state_storage, begin, count, at.states[i], i + 1);
+    const Step step{Slope<Vector>(arguments...), typename Rule::template Update<Vector>(scalars_),
+                    broadcast<Vector>(gradient_scale_), states, penalty_.is_decoupled};
+    typename Step::Blocks blocks(arrays_, states, rounding_);
+    if constexpr (std::is_same_v<T, float> && !std::is_same_v<Penalty, NoPenalty>) {
+      // In registers are the weights as they are stored only where storing does not round them.
+      if (new_row_ != nullptr && arrays_.weight_storage == kStorage) {
+        int64_t stepped = 0;
+        if (!step.is_usual() || blocks.is_needed()) {
+          step.all(blocks, 0, size());
+          stepped = size();
+        }
+        const SteppedChunk<Step> chunk(step, blocks, reinterpret_cast<float*>(arrays_.weight), size(), stepped);
+        const typename Penalty::Row row = Penalty::reduce(chunk, penalty_.next_parameter);
+        chunk.stored();
+        __builtin_memcpy(new_row_, &row, sizeof(row));
+        has_row_ = true;
+        return;
       }
     }
+    step.all(blocks, 0, size());
   }
 
  private:
-  static constexpr int kWidth = kLanes<Vector>;
   static constexpr Storage kStorage = sizeof(T) == sizeof(double) ? kFloat64 : kFloat32;
-  static constexpr int64_t kBlock = 512;
-
-  struct Pointers {
-    const T* gradient;
-    T* weight;
-    T* states[Rule::kStates];
-  };
-
-  template <bool kHasPenalty, class VectorSlope, class VectorUpdate>
-  R2_INLINE void run(const Pointers& at, int64_t count, int states, const VectorSlope& slope,
-                     const VectorUpdate& update) const {
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) step<kHasPenalty>(at, i, states, slope, update);
-    if (i == count) return;
-    // The rest in a vector of its own, so that what becomes of an entry does not depend on where it lies.
-    T rest[Rule::kStates + 2][kWidth] = {};
-    const int64_t bytes = (count - i) * sizeof(T);
-    Pointers padded{};
-    padded.gradient = rest[0];
-    padded.weight = rest[1];
-    __builtin_memcpy(rest[0], at.gradient + i, bytes);
-    __builtin_memcpy(rest[1], at.weight + i, bytes);
-    for (int s = 0; s < states; ++s) {
-      padded.states[s] = rest[s + 2];
-      __builtin_memcpy(rest[s + 2], at.states[s] + i, bytes);
-    }
-    step<kHasPenalty>(padded, 0, states, slope, update);
-    __builtin_memcpy(at.weight + i, rest[1], bytes);
-    for (int s = 0; s < states; ++s) __builtin_memcpy(at.states[s] + i, rest[s + 2], bytes);
-  }
-
-  // One vector's worth of entries.
-  template <bool kHasPenalty, class VectorSlope, class VectorUpdate>
-  R2_INLINE void step(const Pointers& at, int64_t i, int count, const VectorSlope& slope,
-                      const VectorUpdate& update) const {
-    Vector w = load(at.weight + i);
-    Vector gradient = load(at.gradient + i) * broadcast<Vector>(gradient_scale_);
-    if constexpr (kHasPenalty) {
-      const Vector pull = slope(w);
-      if (is_decoupled_) {
-        w = w - pull;
-      } else {
-        gradient = gradient + pull;
-      }
-    }
-    Vector states[Rule::kStates] = {};
-    for (int s = 0; s < Rule::kStates; ++s) {
-      if (s < count) states[s] = load(at.states[s] + i);
-    }
-    store(at.weight + i, update(w, gradient, states));
-    for (int s = 0; s < Rule::kStates; ++s) {
-      if (s < count) store(at.states[s] + i, states[s]);
-    }
-  }
-
-  // ---- other storages: `count` entries from `begin` on, as T -------------------------------------------------------
-
-  template <class Pointer>
-  static T* read(Pointer array, Storage storage, int64_t begin, int64_t count, T* buffer) {
-    if (storage == kStorage) return reinterpret_cast<T*>(const_cast<char*>(array)) + begin;
-    switch (storage) {
-      case kFloat32:
-        return converted(reinterpret_cast<const float*>(array) + begin, count, buffer);
-      case kFloat64:
-        return converted(reinterpret_cast<const double*>(array) + begin, count, buffer);
-      case kBFloat16:
-        return converted(reinterpret_cast<const BFloat16*>(array) + begin, count, buffer);
-      default:
-        return converted(reinterpret_cast<const Half*>(array) + begin, count, buffer);
-    }
-  }
-  template <class Stored>
-  static T* converted(const Stored* from, int64_t count, T* buffer) {
-    int64_t i = 0;
-    if constexpr (sizeof(T) == sizeof(float) && sizeof(Stored) == 2) {
-      for (; i + kWidth <= count; i += kWidth) store(buffer + i, load(from + i));
-    }
-    for (; i < count; ++i) buffer[i] = static_cast<T>(from[i]);
-    return buffer;
-  }
-
-  // `array_index` keeps the random bits of the weight and of each state apart.
-  void write(char* array, Storage storage, int64_t begin, int64_t count, const T* from, uint32_t array_index) const {
-    if (storage == kStorage) return;
-    switch (storage) {
-      case kFloat32:
-        return convert_back(reinterpret_cast<float*>(array) + begin, count, from);
-      case kFloat64:
-        return convert_back(reinterpret_cast<double*>(array) + begin, count, from);
-      case kBFloat16:
-        if (rounding_.is_stochastic) {
-          return round_back(reinterpret_cast<BFloat16*>(array) + begin, begin, count, from, array_index);
-        }
-        return convert_back(reinterpret_cast<BFloat16*>(array) + begin, count, from);
-      default:
-        return convert_back(reinterpret_cast<Half*>(array) + begin, count, from);
-    }
-  }
-  template <class Stored>
-  static void convert_back(Stored* to, int64_t count, const T* from) {
-    int64_t i = 0;
-    if constexpr (sizeof(T) == sizeof(float) && sizeof(Stored) == 2) {
-      for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
-    }
-    for (; i < count; ++i) to[i] = static_cast<Stored>(static_cast<scalar_t<Stored>>(from[i]));
-  }
-  void round_back(BFloat16* to, int64_t begin, int64_t count, const T* from, uint32_t array_index) const {
-    constexpr int kFloats = kLanes<FloatVector>;
-    const uint32_t second = rounding_.second + array_index;
-    for (int64_t i = 0; i < count; i += kFloats) {
-      const int64_t lanes = count - i < kFloats ? count - i : kFloats;
-      float x[kFloats] = {};
-      BFloat16 rounded[kFloats];
-      for (int64_t lane = 0; lane < lanes; ++lane) x[lane] = static_cast<float>(from[i + lane]);
-      store_stochastically(rounded, load(x), static_cast<uint32_t>(begin + i), rounding_.first, second);
-      __builtin_memcpy(to + i, rounded, lanes * sizeof(BFloat16));
-    }
-  }
 
   const StepArrays& arrays_;
   const Scalars& scalars_;
   const double gradient_scale_;
-  const bool is_decoupled_;
+  const StepPenalty& penalty_;
   const RoundingKey& rounding_;
+  double* const new_row_;
+  bool& has_row_;
 };
 
 // ---- the table -----------------------------------------------------------------------------------------------------
@@ -203,6 +255,7 @@ template <class Penalty>
 struct ApplyPenalty {
   template <class Chunk>
   static void to(const Chunk& chunk, const StepPenalty& penalty) {
+    if (!penalty.has_slope) return chunk.template apply<NoPenalty::Slope>();
     typename Penalty::Row row;
     __builtin_memcpy(&row, penalty.row, sizeof(row));
     Penalty::apply(chunk, row, penalty.parameter, penalty.coefficient);
@@ -217,15 +270,17 @@ struct ApplyPenalty<NoPenalty> {
 };
 
 template <class Rule, class Penalty>
-void step_chunk(const StepArrays& arrays, const typename Rule::Scalars& scalars, double gradient_scale,
-                const StepPenalty& penalty, const RoundingKey& rounding) {
+bool step_chunk(const StepArrays& arrays, const typename Rule::Scalars& scalars, double gradient_scale,
+                const StepPenalty& penalty, const RoundingKey& rounding, double* new_row) {
+  bool has_row = false;
   if (arrays.weight_storage == kFloat64) {
-    ApplyPenalty<Penalty>::to(StepChunk<Rule, double>(arrays, scalars, gradient_scale, penalty.is_decoupled, rounding),
-                              penalty);
+    const StepChunk<Rule, Penalty, double> chunk(arrays, scalars, gradient_scale, penalty, rounding, nullptr, has_row);
+    ApplyPenalty<Penalty>::to(chunk, penalty);
   } else {
-    ApplyPenalty<Penalty>::to(StepChunk<Rule, float>(arrays, scalars, gradient_scale, penalty.is_decoupled, rounding),
-                              penalty);
+    const StepChunk<Rule, Penalty, float> chunk(arrays, scalars, gradient_scale, penalty, rounding, new_row, has_row);
+    ApplyPenalty<Penalty>::to(chunk, penalty);
   }
+  return has_row;
 }
 
 template <class Penalty>

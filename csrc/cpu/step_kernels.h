@@ -26,16 +26,19 @@ struct StepArrays {
 
 // The penalty's part: `coefficient` times the slope joins the gradient, or where it is decoupled is taken off the
 // weight before the update. `row` is of the whole segment, `parameter` M or the temperature that it was gathered with.
+// Where a sparse penalty has no slope in this chunk, the chunk is only gathered.
 struct StepPenalty {
   const double* row;
   double parameter, coefficient;
-  bool is_decoupled;
+  bool is_decoupled, has_slope;
+  double next_parameter;  // what the new weights are gathered for
 };
 
-// `gradient_scale` multiplies the gradients as they are read.
+// Steps a chunk, its gradients multiplied with `gradient_scale` as they are read, and writes the row of the new weights
+// to `new_row` where it can do so while they are in registers; returns whether it could.
 template <class Scalars>
-using StepKernel = void (*)(const StepArrays& arrays, const Scalars& scalars, double gradient_scale,
-                            const StepPenalty& penalty, const RoundingKey& rounding);
+using StepKernel = bool (*)(const StepArrays& arrays, const Scalars& scalars, double gradient_scale,
+                            const StepPenalty& penalty, const RoundingKey& rounding, double* new_row);
 
 struct StepKernels {
   StepKernel<AdamWScalars> adamw;

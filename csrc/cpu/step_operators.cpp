@@ -141,21 +141,27 @@ class Watch {
     is_decoupled_ = given.is_decoupled;
   }
 
-  // Which kernels step a chunk: without the penalty where its slope is zero.
-  int kernel_of(int64_t chunk, int32_t segment) const {
-    if (segment >= watched_) return kPenaltyCount;
-    return maxima_ != nullptr && maxima_[chunk] < rows_[segment * penalty_->row_size] ? kPenaltyCount : index_;
+  // Which kernels step a segment.
+  int kernels_of(int32_t segment) const { return segment < watched_ ? index_ : int{kPenaltyCount}; }
+  StepPenalty penalty_of(int64_t chunk, int32_t segment) const {
+    if (segment >= watched_) return {};
+    const double* row = rows_ + segment * penalty_->row_size;
+    const bool has_slope = maxima_ == nullptr || !(maxima_[chunk] < row[0]);
+    return {row, parameter_[segment], coefficients_[segment], is_decoupled_, has_slope, next_parameter_[segment]};
   }
-  StepPenalty slope_of(int32_t segment) const {
-    if (segment >= watched_) return {nullptr, 0, 0, false};
-    return {rows_ + segment * penalty_->row_size, parameter_[segment], coefficients_[segment], is_decoupled_};
+  // Where the row of a chunk's new weights goes, null if it is not watched.
+  double* row_of(int64_t chunk, int32_t segment) {
+    return segment < watched_ ? &chunk_rows_[chunk * penalty_->row_size] : nullptr;
   }
 
-  // The row of a chunk that has just been stepped; the last of a segment merges them, nobody reading the old row then.
-  void gather(int64_t chunk, int32_t segment, const StepArrays& stepped) {
+  // After a watched chunk's step, which may have written its row. The last of a segment merges them, nobody reading the
+  // old row then.
+  void gather(int64_t chunk, int32_t segment, const StepArrays& stepped, bool has_row) {
     if (segment >= watched_) return;
-    double* row = &chunk_rows_[chunk * penalty_->row_size];
-    reduce_[stepped.weight_storage].reduce(stepped.weight, stepped.size, next_parameter_[segment], row);
+    double* row = row_of(chunk, segment);
+    if (!has_row) {
+      reduce_[stepped.weight_storage].reduce(stepped.weight, stepped.size, next_parameter_[segment], row);
+    }
     if (maxima_ != nullptr) maxima_[chunk] = row[0];
     if (countdown_->is_last(segment)) merge(segment);
   }
@@ -208,9 +214,10 @@ void step_all(const StepTensors& tensors, const std::vector<Scalars>& scalars, S
     for (int64_t i = ranges[range].begin; i < ranges[range].end; ++i) {
       const ChunkPlace& place = segments.chunks()[i];
       const StepArrays arrays = tensors.at(place);
-      const auto kernel = step_table().kernels[watch.kernel_of(i, place.segment)].*rule;
-      kernel(arrays, scalars[place.segment], gradient_scale, watch.slope_of(place.segment), rounding_key(seed, place));
-      watch.gather(i, place.segment, arrays);
+      const auto kernel = step_table().kernels[watch.kernels_of(place.segment)].*rule;
+      const bool has_row = kernel(arrays, scalars[place.segment], gradient_scale, watch.penalty_of(i, place.segment),
+                                  rounding_key(seed, place), watch.row_of(i, place.segment));
+      watch.gather(i, place.segment, arrays, has_row);
     }
   });
 }
