@@ -3,7 +3,17 @@
 from r2_kernels import optim, reference
 from r2_kernels.backends import use_backend
 from r2_kernels.functional import linf, margin, soft_min_max
+from r2_kernels.granularity import segment_counts
 from r2_kernels.regularizer import RangeRegularizer
 
-__all__ = ["RangeRegularizer", "linf", "margin", "optim", "reference", "soft_min_max", "use_backend"]
+__all__ = [
+    "RangeRegularizer",
+    "linf",
+    "margin",
+    "optim",
+    "reference",
+    "segment_counts",
+    "soft_min_max",
+    "use_backend",
+]
 __version__ = "0.1.0"

@@ -1,12 +1,19 @@
-"""The penalties as functions: a list of weights in, one value per weight out, differentiable.
+"""The penalties as functions: a list of weights in, one value per segment out, differentiable.
 
 Source of the formulas: Kundu, Yoo, Mishra, Cho and Adya, "R²: Range Regularization for Model Compression and
 Quantization", arXiv 2303.08253; closed forms of the gradients in ``docs/derivation.md``.
 
 All three take a sequence of N tensors of any shapes on one device, of dtype float32, bfloat16, float16 or float64,
-mixed allowed; dense layouts (transposed, channels-last) are read in place, others are copied. They return shape (N,),
-float32, or float64 where a weight is float64, whatever is summed being accumulated in float32 or wider. A NaN in one
-weight makes that weight's value NaN and leaves the others as they are. Gradients are first-order only.
+mixed allowed; dense layouts (transposed, channels-last) are read in place, others are copied. They return a value per
+segment, float32, or float64 where a weight is float64, whatever is summed being accumulated in float32 or wider. A NaN
+makes its segment's value NaN and leaves the others as they are. Gradients are first-order only.
+
+A segment is what ``granularity`` says: ``"tensor"``, a weight; ``"channel"``, an output channel, an index of dimension
+0; an integer n, n consecutive entries of a channel, each weight being seen as (channels, inputs · kernel), the last
+group of a channel shorter where n does not divide. A weight of fewer than two dimensions is one channel. The values of
+all segments are one tensor of shape (segments,), weight by weight and channel by channel;
+``values.split(segment_counts(weights, granularity))`` are each weight's. Weights that are transposed
+are copied for channels and groups, channels-last ones for groups.
 """
 
 from __future__ import annotations
@@ -16,64 +23,70 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from r2_kernels import ops
+from r2_kernels.granularity import Granularity, group_size_of
 from r2_kernels.validation import check_parameter, check_weights
 
 
-def linf(weights: Sequence[Tensor]) -> Tensor:
-    """``max|w|`` of each weight. Entries that tie for the maximum share the gradient evenly, as in ``torch.amax``.
+def linf(weights: Sequence[Tensor], *, granularity: Granularity = "tensor") -> Tensor:
+    """``max|w|`` of each segment. Entries that tie for the maximum share the gradient evenly, as in ``torch.amax``.
 
     Args:
         weights: N tensors, as the module's text says.
+        granularity: what a segment is: ``"tensor"``, ``"channel"`` or the size of a group.
 
     Returns:
-        The N values, shape (N,).
+        The values, shape (segments,).
 
     Raises:
         TypeError: ``weights`` is no sequence of dense floating-point tensors.
-        ValueError: no weights, one without elements, or weights on several devices.
+        ValueError: no weights, one without elements, weights on several devices, or no granularity.
     """
     check_weights(weights)
-    return ops.PenaltyFunction.apply("linf", None, *weights)
+    return ops.PenaltyFunction.apply("linf", group_size_of(granularity), None, *weights)
 
 
-def margin(weights: Sequence[Tensor], margin: Tensor) -> Tensor:
-    """``|M| + sum(max(|w| - |M|, 0))`` of each weight: what lies outside a margin M that shrinks on its own.
+def margin(weights: Sequence[Tensor], margin: Tensor, *, granularity: Granularity = "tensor") -> Tensor:
+    """``|M| + sum(max(|w| - |M|, 0))`` of each segment: what lies outside a margin M that shrinks on its own.
 
     Args:
         weights: N tensors, as the module's text says.
-        margin: M of each weight, shape (N,), floating-point, in units of the weights; differentiable, with gradient
+        margin: M of each segment, shape (segments,), or of each weight, shape (N,), which all its segments share;
+            floating-point, in units of the weights; differentiable, with gradient
             ``sign(M)·(1 - how many |w| exceed |M|)``.
+        granularity: what a segment is: ``"tensor"``, ``"channel"`` or the size of a group.
 
     Returns:
-        The N values, shape (N,).
+        The values, shape (segments,).
 
     Raises:
         TypeError: ``weights`` or ``margin`` is no floating-point tensor where one is expected.
-        ValueError: no weights, one without elements, another shape than (N,), or several devices.
+        ValueError: no weights, one without elements, another shape, several devices, or no granularity.
     """
     check_weights(weights)
-    check_parameter(margin, "margin", weights)
-    return ops.PenaltyFunction.apply("margin", margin, *weights)
+    check_parameter(margin, "margin", weights, granularity)
+    return ops.PenaltyFunction.apply("margin", group_size_of(granularity), margin, *weights)
 
 
-def soft_min_max(weights: Sequence[Tensor], temperature: Tensor) -> Tensor:
-    """``s_max - s_min + exp(-a)`` of each weight: a smooth range, max w - min w as the temperature a grows.
+def soft_min_max(weights: Sequence[Tensor], temperature: Tensor, *, granularity: Granularity = "tensor") -> Tensor:
+    """``s_max - s_min + exp(-a)`` of each segment: a smooth range, max w - min w as the temperature a grows.
 
     ``s_max`` is the mean of w under softmax(a·w), ``s_min`` that under softmax(-a·w); exp(-a) drives a learnable
     temperature up. At a = 0 the value is 1 and w has no gradient.
 
     Args:
         weights: N tensors, as the module's text says.
-        temperature: a of each weight, shape (N,), floating-point, in units of one over the weights'; differentiable,
-            with gradient ``Var_p(w) + Var_q(w) - exp(-a)``. Negative ones are allowed.
+        temperature: a of each segment, shape (segments,), or of each weight, shape (N,), which all its segments share;
+            floating-point, in units of one over the weights'; differentiable, with gradient
+            ``Var_p(w) + Var_q(w) - exp(-a)``. Negative ones are allowed.
+        granularity: what a segment is: ``"tensor"``, ``"channel"`` or the size of a group.
 
     Returns:
-        The N values, shape (N,).
+        The values, shape (segments,).
 
     Raises:
         TypeError: ``weights`` or ``temperature`` is no floating-point tensor where one is expected.
-        ValueError: no weights, one without elements, another shape than (N,), or several devices.
+        ValueError: no weights, one without elements, another shape, several devices, or no granularity.
     """
     check_weights(weights)
-    check_parameter(temperature, "temperature", weights)
-    return ops.PenaltyFunction.apply("soft_min_max", temperature, *weights)
+    check_parameter(temperature, "temperature", weights, granularity)
+    return ops.PenaltyFunction.apply("soft_min_max", group_size_of(granularity), temperature, *weights)

@@ -1,15 +1,19 @@
 """The operators: their schemas, their fake kernels, which backend runs them, and the autograd function over them.
 
 Two primitives, each one pass over all tensors of a list: ``reduce`` (weights to statistics) and ``apply`` (weights,
-statistics and one coefficient per weight to gradients). The arguments that all share:
+statistics and one coefficient per segment to gradients). The arguments that all share:
 
     penalty        a name in ``penalties.PENALTIES``
     weights        N floating-point tensors on one device, of any dense layout (others are copied), empty ones allowed
-    parameter      M or the temperature, (N,), float32 or float64; None where the penalty has none
-    statistics     (N, S) float64, a row per weight in the order of the penalty's ``statistics``
+    parameter      M or the temperature, float32 or float64, one per segment, (M,), or one per weight, (N,), which all
+                   its segments share; None where the penalty has none
+    statistics     (M, S) float64, a row per segment in the order of the penalty's ``statistics``
     partials       what ``reduce`` leaves for ``apply`` of the same backend: the chunks' maxima for a sparse penalty
-    coefficients   (N,), float32 or float64: what each weight's gradient is multiplied with
+                   whose segments are whole weights
+    coefficients   (M,) or (N,), float32 or float64: what the gradient of each segment, or weight, is multiplied with
     gradients      N tensors of the weights' shapes and dtypes
+    group_size     what the M segments are: 0 the weights, so that M is N; -1 their channels; else groups of that many
+                   entries. ``granularity.py`` says how they are numbered.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,21 +29,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r2_kernels import backends
+from r2_kernels.granularity import PER_TENSOR, counts_of, summed_by_weight
 from r2_kernels.penalties import CHUNK_SIZE, by_name
 from r2_kernels.validation import value_dtype
 
 _SHARED = "str penalty, Tensor[] weights, Tensor? parameter"
+_REDUCED = "Tensor statistics, Tensor partials"
+_LAST = "int group_size=0"
 SCHEMAS = {
-    # values (N,), their gradients with respect to the parameter (N,) or (0,), statistics, partials
-    "reduce": f"({_SHARED}) -> (Tensor, Tensor, Tensor, Tensor)",
+    # values (M,), their gradients with respect to the parameter (M,) or (0,), statistics, partials
+    "reduce": f"({_SHARED}, {_LAST}) -> (Tensor, Tensor, Tensor, Tensor)",
     # values and parameter gradients of statistics that were merged elsewhere
     "finalize": "(str penalty, Tensor statistics, Tensor? parameter, ScalarType dtype) -> (Tensor, Tensor)",
     # fresh gradients
-    "apply": f"({_SHARED}, Tensor statistics, Tensor partials, Tensor coefficients) -> Tensor[]",
+    "apply": f"({_SHARED}, {_REDUCED}, Tensor coefficients, {_LAST}) -> Tensor[]",
     # added into the gradients that are there
-    "apply_": f"({_SHARED}, Tensor statistics, Tensor partials, Tensor coefficients, Tensor(a!)[] gradients) -> ()",
+    "apply_": f"({_SHARED}, {_REDUCED}, Tensor coefficients, Tensor(a!)[] gradients, {_LAST}) -> ()",
     # both in one parallel region: values and parameter gradients, and the gradients added into those that are there
-    "reduce_apply_": f"({_SHARED}, Tensor coefficients, Tensor(a!)[] gradients) -> (Tensor, Tensor)",
+    "reduce_apply_": f"({_SHARED}, Tensor coefficients, Tensor(a!)[] gradients, {_LAST}) -> (Tensor, Tensor)",
 }
 
 _library = torch.library.Library("r2_kernels", "DEF")
@@ -90,11 +98,15 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @fake("reduce")
-def _(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    penalty: str, weights: Sequence[Tensor], parameter: Tensor | None, group_size: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rule = by_name(penalty)
-    count = len(weights)
+    count = sum(counts_of(weights, group_size))
     dtype = value_dtype(weights)
-    chunks = sum((weight.numel() + CHUNK_SIZE - 1) // CHUNK_SIZE for weight in weights) if rule.is_sparse else 0
+    chunks = 0
+    if rule.is_sparse and group_size == PER_TENSOR:
+        chunks = sum((weight.numel() + CHUNK_SIZE - 1) // CHUNK_SIZE for weight in weights)
     new_empty = weights[0].new_empty
     return (
         new_empty(count, dtype=dtype),
@@ -119,6 +131,7 @@ def _(
     statistics: Tensor,
     partials: Tensor,
     coefficients: Tensor,
+    group_size: int = 0,
 ) -> list[Tensor]:
     return [torch.empty_like(weight) for weight in weights]
 
@@ -132,6 +145,7 @@ def _(
     partials: Tensor,
     coefficients: Tensor,
     gradients: Sequence[Tensor],
+    group_size: int = 0,
 ) -> None:
     return None
 
@@ -143,8 +157,9 @@ def _(
     parameter: Tensor | None,
     coefficients: Tensor,
     gradients: Sequence[Tensor],
+    group_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    count = len(weights)
+    count = sum(counts_of(weights, group_size))
     dtype = value_dtype(weights)
     parameters = 0 if by_name(penalty).parameter is None else count
     return weights[0].new_empty(count, dtype=dtype), weights[0].new_empty(parameters, dtype=dtype)
@@ -169,17 +184,21 @@ def widened(parameter: Tensor) -> Tensor:
 
 
 class PenaltyFunction(torch.autograd.Function):
-    """values = penalty(weights, parameter), shape (N,); the gradients are computed when backward asks for them."""
+    """values = penalty(weights, parameter), (M,), one per segment; gradients are computed when backward asks for them.
+
+    The parameter has shape (M,), or (N,) where the segments of a weight share it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, penalty: str, parameter: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, penalty: str, group_size: int, parameter: Tensor | None, *weights: Tensor) -> Tensor:
         scalars = None if parameter is None else widened(parameter)
         # Partials are one backend's own, and autograd may run backward in another thread or ``use_backend`` block.
         ctx.backend = backends.requested()
         values, parameter_gradients, statistics, partials = kernel_of(ctx.backend, "reduce", weights[0].device)(
-            penalty, list(weights), scalars
+            penalty, list(weights), scalars, group_size
         )
         ctx.penalty = penalty
+        ctx.group_size = group_size
         ctx.parameter_dtype = None if parameter is None else parameter.dtype
         ctx.save_for_backward(scalars, parameter_gradients, statistics, partials, *weights)
         return values
@@ -189,24 +208,37 @@ class PenaltyFunction(torch.autograd.Function):
     def backward(ctx: Any, value_gradients: Tensor) -> tuple[Tensor | None, ...]:
         scalars, parameter_gradients, statistics, partials, *weights = ctx.saved_tensors
         parameter_gradient = None
-        if ctx.needs_input_grad[1]:
-            parameter_gradient = (value_gradients * parameter_gradients).to(ctx.parameter_dtype)
-        needed = ctx.needs_input_grad[2:]
+        if ctx.needs_input_grad[2]:
+            parameter_gradient = value_gradients * parameter_gradients
+            if scalars.shape != parameter_gradient.shape:
+                counts = torch.tensor(counts_of(weights, ctx.group_size), device=scalars.device)
+                parameter_gradient = summed_by_weight(parameter_gradient, counts)
+            parameter_gradient = parameter_gradient.to(ctx.parameter_dtype)
+        needed = ctx.needs_input_grad[3:]
         gradients: list[Tensor | None] = [None] * len(weights)
         if any(needed):
             chosen = [index for index, is_needed in enumerate(needed) if is_needed]
             if len(chosen) < len(weights):
                 partials = _chosen_partials(partials, weights, needed)
-                rows = torch.tensor(chosen, device=statistics.device)
+                rows = _segments_of(chosen, counts_of(weights, ctx.group_size), statistics.device)
+                if scalars is not None:
+                    is_shared = len(scalars) != len(statistics)
+                    scalars = scalars[torch.tensor(chosen, device=statistics.device) if is_shared else rows]
                 statistics, value_gradients = statistics[rows], value_gradients[rows]
-                scalars = None if scalars is None else scalars[rows]
                 weights = [weights[index] for index in chosen]
             fresh = kernel_of(ctx.backend, "apply", weights[0].device)(
-                ctx.penalty, weights, scalars, statistics, partials, value_gradients
+                ctx.penalty, weights, scalars, statistics, partials, value_gradients, ctx.group_size
             )
             for index, gradient in zip(chosen, fresh, strict=True):
                 gradients[index] = gradient
-        return None, parameter_gradient, *gradients
+        return None, None, parameter_gradient, *gradients
+
+
+def _segments_of(chosen: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers of the chosen weights' segments."""
+    starts = [0, *accumulate(counts)]
+    ranges = [torch.arange(starts[index], starts[index + 1], device=device) for index in chosen]
+    return torch.cat(ranges)
 
 
 def _chosen_partials(partials: Tensor, weights: Sequence[Tensor], needed: Sequence[bool]) -> Tensor:

@@ -66,6 +66,11 @@ class _FusedOptimizer(torch.optim.Optimizer):
         """The part of the constructors that ``torch.optim`` does not have."""
         if regularizer is not None and not isinstance(regularizer, RangeRegularizer):
             raise TypeError(f"regularizer: expected a RangeRegularizer or None, got {type(regularizer).__name__}")
+        if regularizer is not None and regularizer.granularity != "tensor":
+            raise ValueError(
+                f"regularizer: expected granularity 'tensor', got {regularizer.granularity!r}, which these optimizers "
+                f"do not carry: call add_gradients_() before a step of an optimizer without a regularizer"
+            )
         if decoupled and regularizer is None:
             raise ValueError("decoupled: expected False, since there is no regularizer")
         if state_dtype is not None and state_dtype not in FLOATING_DTYPES:

@@ -12,33 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r2_kernels.granularity import Granularity, group_size_of, segments
 from r2_kernels.validation import check_parameter, check_weights, value_dtype
 
 
-def linf(weights: Sequence[Tensor]) -> Tensor:
-    """``max|w|`` of each weight; tied entries share the gradient evenly.
+def linf(weights: Sequence[Tensor], *, granularity: Granularity = "tensor") -> Tensor:
+    """``max|w|`` of each segment; tied entries share the gradient evenly.
 
-    Takes N floating-point tensors of any shapes and returns shape (N,): float32, or float64 where a weight is float64.
+    Takes N floating-point tensors of any shapes and returns one value per segment, of which each weight has one unless
+    ``granularity`` says otherwise (``granularity.py``): float32, or float64 where a weight is float64.
     """
     check_weights(weights)
-    return _each(weights, None, lambda w, _: w.abs().amax())
+    return _each(weights, None, granularity, lambda w, _: w.abs().amax())
 
 
-def margin(weights: Sequence[Tensor], margin: Tensor) -> Tensor:
-    """``|M| + sum(max(|w| - |M|, 0))`` of each weight, with M of shape (N,); returns shape (N,)."""
+def margin(weights: Sequence[Tensor], margin: Tensor, *, granularity: Granularity = "tensor") -> Tensor:
+    """``|M| + sum(max(|w| - |M|, 0))`` of each segment, with one M per segment, or per weight for all its segments."""
     check_weights(weights)
-    check_parameter(margin, "margin", weights)
-    return _each(weights, margin, lambda w, m: m.abs() + torch.relu(w.abs() - m.abs()).sum())
+    check_parameter(margin, "margin", weights, granularity)
+    return _each(weights, margin, granularity, lambda w, m: m.abs() + torch.relu(w.abs() - m.abs()).sum())
 
 
-def soft_min_max(weights: Sequence[Tensor], temperature: Tensor) -> Tensor:
-    """``s_max - s_min + exp(-a)`` of each weight, with the temperature a of shape (N,); returns shape (N,).
+def soft_min_max(weights: Sequence[Tensor], temperature: Tensor, *, granularity: Granularity = "tensor") -> Tensor:
+    """``s_max - s_min + exp(-a)`` of each segment, with one temperature a per segment, or per weight for all of its.
 
     ``s_max`` is the mean of w under softmax(a·w) and ``s_min`` the mean of w under softmax(-a·w).
     """
     check_weights(weights)
-    check_parameter(temperature, "temperature", weights)
-    return _each(weights, temperature, _soft_range)
+    check_parameter(temperature, "temperature", weights, granularity)
+    return _each(weights, temperature, granularity, _soft_range)
 
 
 def _soft_range(weight: Tensor, temperature: Tensor) -> Tensor:
@@ -48,7 +50,19 @@ def _soft_range(weight: Tensor, temperature: Tensor) -> Tensor:
     return soft_maximum - soft_minimum + torch.exp(-temperature)
 
 
-def _each(weights: Sequence[Tensor], parameter: Tensor | None, penalty: Callable[[Tensor, Any], Tensor]) -> Tensor:
+def _each(
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    granularity: Granularity,
+    penalty: Callable[[Tensor, Any], Tensor],
+) -> Tensor:
     dtype = value_dtype(weights)
-    scalars = [None] * len(weights) if parameter is None else parameter.to(dtype).unbind()
-    return torch.stack([penalty(w.to(dtype), scalar) for w, scalar in zip(weights, scalars, strict=True)])
+    segments_of_weights = [segments(weight.to(dtype), group_size_of(granularity)) for weight in weights]
+    flat = [segment for of_weight in segments_of_weights for segment in of_weight]
+    scalars: Sequence[Any] = [None] * len(flat)
+    if parameter is not None:
+        scalars = parameter.to(dtype).unbind()
+        if len(scalars) != len(flat):
+            shared = zip(scalars, segments_of_weights, strict=True)
+            scalars = [scalar for scalar, of_weight in shared for _ in of_weight]
+    return torch.stack([penalty(segment, scalar) for segment, scalar in zip(flat, scalars, strict=True)])

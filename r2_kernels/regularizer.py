@@ -12,6 +12,15 @@ from torch import Tensor, nn
 
 from r2_kernels import functional, ops
 from r2_kernels.carried_statistics import CarriedStatistics
+from r2_kernels.granularity import (
+    PER_TENSOR,
+    Granularity,
+    counts_of,
+    group_size_of,
+    in_segments,
+    over_segments,
+    summed_by_weight,
+)
 from r2_kernels.penalties import by_name
 from r2_kernels.report import Report, layer_report
 from r2_kernels.schedule import Schedule
@@ -48,6 +57,10 @@ class _Layer(NamedTuple):
 class RangeRegularizer(nn.Module):
     """The sum over a model's weights of one range penalty each, times a strength (arXiv 2303.08253, equation 2).
 
+    Or with a ``granularity``, over the segments of these weights: the strength weighs one segment, and a layer of many
+    segments counts as often. For the gradients of L∞ and soft-min-max to be as large in sum as those per tensor, divide
+    the strength of a layer by the number of its segments.
+
     Either add ``reg()`` to the task's loss, or call ``reg.add_gradients_()`` between ``loss.backward()`` and the
     optimizer's step, which gives the same gradients in one fused pass, without a graph and without temporaries::
 
@@ -59,9 +72,10 @@ class RangeRegularizer(nn.Module):
         optimizer.step()
 
     The regularizer owns M (``reg.margin``) or the temperature (``reg.temperature``) as one parameter of shape
-    (layers,), in the order of ``reg.names``: give it to the optimizer, without weight decay. It does not own the
-    model's weights: it looks them up at each call, so ``model.to(dtype)`` and ``load_state_dict(assign=True)`` are
-    followed. After ``model.to(device)`` move the regularizer too. Its own parameter stays float32 or wider.
+    (segments,), in the order of ``reg.names``, per tensor one for each: give it to the optimizer, without weight decay.
+    It does not own the model's weights: it looks them up at each call, so ``model.to(dtype)`` and
+    ``load_state_dict(assign=True)`` are followed. After ``model.to(device)`` move the regularizer too. Its own
+    parameter stays float32 or wider.
 
     Args:
         model: a module, or an iterable of (name, parameter).
@@ -69,17 +83,21 @@ class RangeRegularizer(nn.Module):
         strength: what the penalty is multiplied with: a number, a sequence or tensor of one per layer, or a function
             of the step that returns a number. A step is one ``add_gradients_()`` or, in training mode, one ``reg()``.
             None of these, whatever it changes to, makes ``torch.compile`` compile a step anew.
-        temperature: the start of soft-min-max's temperature, in units of one over the weights', a number or one per
-            layer. It must start high, or learn fast, enough for the length of the training.
-        margin: the start of M in multiples of each layer's standard deviation, a number or one per layer.
+        temperature: the start of soft-min-max's temperature, in units of one over the weights', a number, one per
+            layer or one per segment. It must start high, or learn fast, enough for the length of the training.
+        margin: the start of M in multiples of each segment's standard deviation, in the same form.
+        granularity: what a segment is: ``"tensor"``, a layer; ``"channel"``, an output channel (dimension 0); or the
+            size of a group of consecutive weights of a channel. ``r2_kernels.functional`` says more.
+        shared: whether the segments of a layer share one M or temperature: ``reg.margin`` or ``reg.temperature`` then
+            has shape (layers,), and M starts in multiples of the layer's standard deviation.
         include: which parameters to watch: a predicate of (name, parameter), or one or more patterns as in
             ``fnmatch`` for the name. Default: those of two or more dimensions that require a gradient.
         exclude: which of these to leave out, in the same form.
 
     Raises:
         TypeError: an argument of the wrong type, a weight that is not a dense floating-point tensor.
-        ValueError: an unknown penalty, no weight chosen, an empty weight, ``temperature`` or ``margin`` for a penalty
-            without it, or a sequence of the wrong length.
+        ValueError: an unknown penalty or granularity, no weight chosen, an empty weight, ``temperature``, ``margin`` or
+            ``shared`` for a penalty without it, or a sequence of the wrong length.
     """
 
     def __init__(
@@ -90,12 +108,18 @@ class RangeRegularizer(nn.Module):
         strength: Strength = 0.01,
         temperature: float | Sequence[float] | None = None,
         margin: float | Sequence[float] | None = None,
+        granularity: Granularity = "tensor",
+        shared: bool = False,
         include: Selection | None = None,
         exclude: Selection | None = None,
     ) -> None:
         super().__init__()
         self.penalty = penalty
         self._rule = by_name(penalty)
+        self.granularity = granularity
+        self._group_size = group_size_of(granularity)
+        if shared and self._rule.parameter is None:
+            raise ValueError(f"shared: expected False, since the penalty {penalty!r} has nothing to share")
         for name, start in (("temperature", temperature), ("margin", margin)):
             if start is not None and self._rule.parameter != name:
                 raise ValueError(f"{name}: expected none, since the penalty {penalty!r} has no {name}")
@@ -107,6 +131,10 @@ class RangeRegularizer(nn.Module):
             raise ValueError("model: expected at least one weight to regularize, but none is chosen")
         weights = self.weights()
         check_weights(weights, self.names)
+        counts = counts_of(weights, self._group_size)
+        self._segment_count = sum(counts)
+        self._counts: Tensor
+        self.register_buffer("_counts", torch.tensor(counts, device=weights[0].device), persistent=False)
         # A tensor, and on the CPU whatever the model is on: the schedule's function runs there.
         self._step = torch.zeros((), dtype=torch.int64, device="cpu")
         # What an optimizer has left of its last step, which `losses` and `report` take while it holds.
@@ -115,7 +143,8 @@ class RangeRegularizer(nn.Module):
         self.strength = strength
         starts = {"temperature": temperature, "margin": margin}
         if self._rule.parameter is not None:
-            initial = _initial_parameter(self._rule.parameter, starts[self._rule.parameter], weights)
+            own_size = PER_TENSOR if shared else self._group_size
+            initial = _initial_parameter(self._rule.parameter, starts[self._rule.parameter], weights, own_size)
             self.register_parameter(self._rule.parameter, nn.Parameter(initial))
 
     @property
@@ -167,11 +196,11 @@ class RangeRegularizer(nn.Module):
         return [layer.weight() for layer in self._layers]
 
     def own_parameter(self) -> nn.Parameter | None:
-        """M or the temperature, shape (layers,), or None where the penalty has neither."""
+        """M or the temperature, shape (segments,) or (layers,), or None where the penalty has neither."""
         return None if self._rule.parameter is None else self.get_parameter(self._rule.parameter)
 
     def forward(self, *, check_finite: bool = False) -> Tensor:
-        """The loss to add to the task's: sum of strength · penalty over the layers, a differentiable scalar.
+        """The loss to add to the task's: sum of strength · penalty over the segments, a differentiable scalar.
 
         Raises:
             FloatingPointError: with ``check_finite``, if a layer's value is NaN or infinite; it names the layers.
@@ -179,7 +208,7 @@ class RangeRegularizer(nn.Module):
         values = self._values()
         if check_finite:
             self._check_finite(values)
-        loss = (values * self.strengths(values.dtype, values.device)).sum()
+        loss = (values * self._in_segments(self.strengths(values.dtype, values.device))).sum()
         if self.training and torch.is_grad_enabled():
             self.advance()
         return loss
@@ -213,26 +242,30 @@ class RangeRegularizer(nn.Module):
         coefficients = strengths * _scale(scale)
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
         values, parameter_gradients = ops.kernel("reduce_apply_", weights[0].device)(
-            self.penalty, weights, scalars, coefficients, gradients
+            self.penalty, weights, scalars, coefficients, gradients, self._group_size
         )
         torch.autograd.graph.increment_version(gradients)  # A graph that saved one must notice, as of any operator.
         for weight, gradient in zip(weights, gradients, strict=True):
             if weight.grad is None:
                 weight.grad = gradient
         if parameter is not None and parameter.requires_grad:
-            slope = (parameter_gradients * coefficients).to(parameter.dtype)
+            slope = parameter_gradients * self._in_segments(coefficients)
+            slope = (self._by_layer(slope) if parameter.shape == coefficients.shape else slope).to(parameter.dtype)
             parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
         self.advance()
-        return (values * strengths).sum()
+        return (self._by_layer(values) * strengths).sum()
 
     @torch.no_grad()
     def losses(self) -> dict[str, Tensor]:
         """The penalty of each layer by name, without the strength: detached scalars on the weights' device.
 
+        That of a layer of several segments is the sum of theirs.
+
         After a step of an optimizer of ``r2_kernels.optim`` that has this regularizer, no pass over the weights.
         """
         values = self._carried_values()
-        return dict(zip(self.names, (self._values() if values is None else values).unbind(), strict=True))
+        values = self._by_layer(self._values() if values is None else values)
+        return dict(zip(self.names, values.unbind(), strict=True))
 
     @torch.no_grad()
     def report(self) -> Report:
@@ -240,9 +273,9 @@ class RangeRegularizer(nn.Module):
         weights = self.weights()
         values = list(self.losses().values())
         own = self.own_parameter()
-        parameter = None if own is None else own.tolist()
+        parameter = None if own is None else self._mean_by_layer(own).tolist()
         rows = [
-            layer_report(name, weight, self.penalty, float(value))
+            layer_report(name, weight, self.penalty, float(value), self._group_size)
             | ({} if parameter is None else {str(self._rule.parameter): parameter[index]})
             for index, (name, weight, value) in enumerate(zip(self.names, weights, values, strict=True))
         ]
@@ -253,7 +286,7 @@ class RangeRegularizer(nn.Module):
         return self.__dict__ | {"carried_statistics": []}
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"penalty": self.penalty, "names": self.names, "step": self.step}
+        return {"penalty": self.penalty, "granularity": self.granularity, "names": self.names, "step": self.step}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.step = int(state["step"])
@@ -263,13 +296,17 @@ class RangeRegularizer(nn.Module):
         state = state_dict.get(f"{prefix}_extra_state", self.get_extra_state())
         if state["penalty"] != self.penalty:
             raise ValueError(f"state_dict: expected the state of penalty {self.penalty!r}, got {state['penalty']!r}")
+        granularity = state.get("granularity", "tensor")
+        if granularity != self.granularity:
+            raise ValueError(f"state_dict: expected the state of granularity {self.granularity!r}, got {granularity!r}")
         if list(state["names"]) != self.names:
             different = sorted(set(state["names"]) ^ set(self.names)) or "the same weights in another order"
             raise ValueError(f"state_dict: expected the state of the watched weights, differs in {different}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"penalty={self.penalty!r}, layers={len(self._layers)}, strength={self.strength}"
+        granularity = "" if self.granularity == "tensor" else f", granularity={self.granularity!r}"
+        return f"penalty={self.penalty!r}{granularity}, layers={len(self._layers)}, strength={self.strength}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RangeRegularizer:
         # M and the temperature learn in steps that 8 bits of mantissa would round away: a cast moves, never narrows.
@@ -284,9 +321,22 @@ class RangeRegularizer(nn.Module):
         weights = self.weights()
         check_weights(weights, self.names)
         if self._rule.parameter is None:
-            return functional.linf(weights)
+            return functional.linf(weights, granularity=self.granularity)
         penalty = getattr(functional, self.penalty)
-        return penalty(weights, self.get_parameter(self._rule.parameter))
+        return penalty(weights, self.get_parameter(self._rule.parameter), granularity=self.granularity)
+
+    def _in_segments(self, per_layer: Tensor) -> Tensor:
+        """A tensor with one entry per layer, spread to one per segment."""
+        is_same = self._group_size == PER_TENSOR
+        return per_layer if is_same else in_segments(per_layer, self._counts, self._segment_count)
+
+    def _by_layer(self, per_segment: Tensor) -> Tensor:
+        """The sum over the segments of each layer."""
+        return per_segment if self._group_size == PER_TENSOR else summed_by_weight(per_segment, self._counts)
+
+    def _mean_by_layer(self, own: Tensor) -> Tensor:
+        """M or the temperature, or its mean over the segments of each layer where each has its own."""
+        return own if len(own) == len(self._layers) else self._by_layer(own) / self._counts
 
     def _carried_values(self) -> Tensor | None:
         """The layers' values from what an optimizer has left, or None where a weight or M has changed since."""
@@ -305,7 +355,7 @@ class RangeRegularizer(nn.Module):
         parameter = self.own_parameter()
         if parameter is None:
             return None, None
-        check_parameter(parameter, str(self._rule.parameter), weights)
+        check_parameter(parameter, str(self._rule.parameter), weights, self.granularity)
         return parameter, ops.widened(parameter)
 
     def strengths(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -350,7 +400,7 @@ class RangeRegularizer(nn.Module):
                 )
 
     def _check_finite(self, values: Tensor) -> None:
-        is_finite = torch.isfinite(values.detach()).tolist()
+        is_finite = torch.isfinite(self._by_layer(values.detach())).tolist()
         if not all(is_finite):
             layers = [repr(name) for name, finite in zip(self.names, is_finite, strict=True) if not finite]
             raise FloatingPointError(f"the {self.penalty} penalty is not finite for {', '.join(layers)}")
@@ -418,15 +468,27 @@ def _as_numbers(argument: str, given: Any, device: torch.device) -> Tensor:
         raise TypeError(f"{argument}: expected a number or one per layer, got {given!r}") from error
 
 
-def _initial_parameter(name: str, start: float | Sequence[float] | None, weights: Sequence[Tensor]) -> Tensor:
+def _initial_parameter(
+    name: str, start: float | Sequence[float] | None, weights: Sequence[Tensor], group_size: int
+) -> Tensor:
     """M or the temperature at the start, float32: 0.1 and twice the standard deviation unless the caller says."""
     start = {"temperature": 0.1, "margin": 2.0}[name] if start is None else start
     given = _as_numbers(name, start, weights[0].device)
-    if given.ndim and given.shape != (len(weights),):
+    counts = counts_of(weights, group_size)
+    segment_count = sum(counts)
+    if given.ndim and given.shape not in ((len(weights),), (segment_count,)):
+        per_segment = "" if segment_count == len(weights) else f", or one per segment, shape ({segment_count},)"
         raise ValueError(
-            f"{name}: expected a number or one per layer, shape ({len(weights)},), got {tuple(given.shape)}"
+            f"{name}: expected a number or one per layer, shape ({len(weights)},){per_segment}, "
+            f"got {tuple(given.shape)}"
         )
-    given = given.expand(len(weights)).clone()
+    if given.shape == (len(weights),):
+        given = in_segments(given, torch.tensor(counts, device=given.device), segment_count)
+    given = given.expand(segment_count).clone()
     if name == "margin":
-        given *= torch.stack([weight.detach().float().std(correction=0) for weight in weights])
+        given *= torch.cat([over_segments(weight.detach().float(), group_size, _deviation) for weight in weights])
     return given
+
+
+def _deviation(segments: Tensor) -> Tensor:
+    return segments.std(-1, correction=0)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from r2_kernels.granularity import PER_TENSOR, counts_of, over_segments
+
 BITS = (8, 4, 3, 2)
 # soft-min-max shrinks max w - min w, what an asymmetric quantizer divides into steps; the others shrink max|w|.
 ASYMMETRIC_PENALTIES = ("soft_min_max",)
@@ -40,8 +42,11 @@ class Report:
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def layer_report(name: str, weight: Tensor, penalty: str, value: float) -> Row:
-    """One layer's row. A step of b bits is range/(2^b - 1) asymmetric, max|w|/(2^(b-1) - 1) symmetric, per tensor."""
+def layer_report(name: str, weight: Tensor, penalty: str, value: float, group_size: int = PER_TENSOR) -> Row:
+    """One layer's row. A step of b bits is range/(2^b - 1) asymmetric, max|w|/(2^(b-1) - 1) symmetric.
+
+    With channels or groups, each of which a quantizer gives a step of its own, it is the mean over these.
+    """
     flat = weight.detach().double()
     minimum, maximum, deviation = (float(statistic) for statistic in (flat.min(), flat.max(), flat.std(correction=0)))
     largest = max(abs(minimum), abs(maximum))
@@ -53,11 +58,21 @@ def layer_report(name: str, weight: Tensor, penalty: str, value: float) -> Row:
         "max/std": largest / deviation if deviation else float("nan"),
         "penalty": value,
     }
+    if group_size != PER_TENSOR:
+        row["segments"] = counts_of([weight], group_size)[0]
+    is_asymmetric = penalty in ASYMMETRIC_PENALTIES
+    extent = float(over_segments(flat, group_size, _range if is_asymmetric else _largest).mean())
     for bits in BITS:
-        is_asymmetric = penalty in ASYMMETRIC_PENALTIES
-        step = (maximum - minimum) / (2**bits - 1) if is_asymmetric else largest / (2 ** (bits - 1) - 1)
-        row[f"step {bits} bit"] = step
+        row[f"step {bits} bit"] = extent / (2**bits - 1 if is_asymmetric else 2 ** (bits - 1) - 1)
     return row
+
+
+def _range(segments: Tensor) -> Tensor:
+    return segments.amax(-1) - segments.amin(-1)
+
+
+def _largest(segments: Tensor) -> Tensor:
+    return segments.abs().amax(-1)
 
 
 def _cell(value: str | float) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from r2_kernels.granularity import Granularity, segment_counts
+
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -42,21 +44,29 @@ def check_weights(weights: Sequence[Tensor], names: Sequence[str] | None = None)
             )
 
 
-def check_parameter(parameter: Tensor, name: str, weights: Sequence[Tensor]) -> None:
-    """Raise unless ``parameter`` (called ``name``) is a floating-point tensor of shape (N,) on the weights' device.
+def check_parameter(
+    parameter: Tensor, name: str, weights: Sequence[Tensor], granularity: Granularity = "tensor"
+) -> None:
+    """Raise unless ``parameter`` (called ``name``) is a floating-point tensor on the weights' device, of shape (N,).
+
+    Or where the granularity makes M segments of the N weights, of shape (M,).
 
     Raises:
         TypeError: not a tensor, or not of a floating-point dtype.
-        ValueError: another shape than (N,), or another device than the weights'.
+        ValueError: another shape, or another device than the weights'.
     """
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape ({len(weights)},), got {type(parameter).__name__}")
     if parameter.layout is not torch.strided or parameter.dtype not in FLOATING_DTYPES:
         raise TypeError(f"{name}: expected a dense floating-point tensor, got {parameter.dtype}, {parameter.layout}")
     if tuple(parameter.shape) != (len(weights),):
-        raise ValueError(
-            f"{name}: expected shape ({len(weights)},), one entry per weight, got {tuple(parameter.shape)}"
-        )
+        count = sum(segment_counts(weights, granularity))
+        if tuple(parameter.shape) != (count,):
+            per_segment = "" if granularity == "tensor" else f", or ({count},), one per segment"
+            raise ValueError(
+                f"{name}: expected shape ({len(weights)},), one entry per weight{per_segment}, "
+                f"got {tuple(parameter.shape)}"
+            )
     if parameter.device != weights[0].device:
         raise ValueError(f"{name}: expected device {weights[0].device} of the weights, got {parameter.device}")
 

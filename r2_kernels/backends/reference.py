@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from r2_kernels.granularity import PER_TENSOR, blocks, counts_of
 from r2_kernels.penalties import CHUNK_SIZE, Penalty, by_name
 from r2_kernels.validation import value_dtype
 
@@ -17,14 +18,20 @@ def why_unavailable() -> str | None:
     return None
 
 
-def reduce(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reduce(
+    penalty: str, weights: Sequence[Tensor], parameter: Tensor | None, group_size: int = PER_TENSOR
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rule = by_name(penalty)
-    scalars = _scalars(weights, parameter)
-    flat = [weight.detach().reshape(-1).to(torch.float64) for weight in weights]
-    statistics = torch.stack([rule.reduce(weight, scalar) for weight, scalar in zip(flat, scalars, strict=True)])
-    values, parameter_gradients = rule.finalize(statistics, scalars)
+    scalars = _scalars(weights, parameter, group_size)
+    rows = [
+        torch.cat(_mapped(rule.reduce, weight.detach().to(torch.float64), group_size, of_weight), 1).flatten(0, 1)
+        for weight, of_weight in zip(weights, scalars, strict=True)
+    ]
+    statistics = torch.cat(rows)
+    values, parameter_gradients = rule.finalize(statistics, torch.cat(scalars))
     dtype = value_dtype(weights)
-    return values.to(dtype), parameter_gradients.to(dtype), statistics, _chunk_maxima(rule, flat)
+    partials = _chunk_maxima(rule, weights, group_size)
+    return values.to(dtype), parameter_gradients.to(dtype), statistics, partials
 
 
 def finalize(penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -40,9 +47,10 @@ def apply(
     statistics: Tensor,
     partials: Tensor,
     coefficients: Tensor,
+    group_size: int = PER_TENSOR,
 ) -> list[Tensor]:
     gradients = [torch.zeros_like(weight) for weight in weights]
-    apply_(penalty, weights, parameter, statistics, partials, coefficients, gradients)
+    apply_(penalty, weights, parameter, statistics, partials, coefficients, gradients, group_size)
     return gradients
 
 
@@ -54,14 +62,26 @@ def apply_(
     partials: Tensor,
     coefficients: Tensor,
     gradients: Sequence[Tensor],
+    group_size: int = PER_TENSOR,
 ) -> None:
     rule = by_name(penalty)
+    counts = counts_of(weights, group_size)
     rows = zip(
-        weights, statistics, _scalars(weights, parameter), coefficients.to(torch.float64), gradients, strict=True
+        weights,
+        statistics.split(counts),
+        _scalars(weights, parameter, group_size),
+        _by_weight(coefficients, counts),
+        gradients,
+        strict=True,
     )
-    for weight, row, scalar, coefficient, gradient in rows:
-        slope = rule.gradient(weight.detach().to(torch.float64), row, scalar)
-        gradient.copy_(gradient.to(torch.float64) + coefficient * slope)
+
+    def slope(segment: Tensor, row: Tensor, scalar: Tensor, coefficient: Tensor) -> Tensor:
+        return coefficient * rule.gradient(segment, row, scalar)
+
+    for weight, *of_weight, gradient in rows:
+        slopes = _mapped(slope, weight.detach().to(torch.float64), group_size, *of_weight)
+        slopes = [block.flatten(1) for block in slopes]
+        gradient.copy_(gradient.to(torch.float64) + torch.cat(slopes, 1).reshape(weight.shape))
 
 
 def reduce_apply_(
@@ -70,9 +90,10 @@ def reduce_apply_(
     parameter: Tensor | None,
     coefficients: Tensor,
     gradients: Sequence[Tensor],
+    group_size: int = PER_TENSOR,
 ) -> tuple[Tensor, Tensor]:
-    values, parameter_gradients, statistics, partials = reduce(penalty, weights, parameter)
-    apply_(penalty, weights, parameter, statistics, partials, coefficients, gradients)
+    values, parameter_gradients, statistics, partials = reduce(penalty, weights, parameter, group_size)
+    apply_(penalty, weights, parameter, statistics, partials, coefficients, gradients, group_size)
     return values, parameter_gradients
 
 
@@ -171,7 +192,9 @@ def _pulls(
     if penalty is None:
         return [None] * len(weights)
     watched = [weight.detach().to(torch.float64) for weight in weights[: len(statistics)]]
-    rows = zip(watched, statistics, _scalars(watched, parameter), coefficients.to(torch.float64), strict=True)
+    rows = zip(
+        watched, statistics, torch.cat(_scalars(watched, parameter)), coefficients.to(torch.float64), strict=True
+    )
     slopes = [coefficient * by_name(penalty).gradient(w, row, scalar) for w, row, scalar, coefficient in rows]
     return [*slopes, *[None] * (len(weights) - len(watched))]
 
@@ -227,13 +250,44 @@ def _regather(
         partials.copy_(new_partials)
 
 
-def _scalars(weights: Sequence[Tensor], parameter: Tensor | None) -> Tensor:
+def _scalars(weights: Sequence[Tensor], parameter: Tensor | None, group_size: int = PER_TENSOR) -> list[Tensor]:
+    """M or the temperature of each weight's segments, zero where there is none."""
+    counts = counts_of(weights, group_size)
     if parameter is None:
-        return torch.zeros(len(weights), dtype=torch.float64, device=weights[0].device)
-    return parameter.detach().to(torch.float64)
+        return list(torch.zeros(sum(counts), dtype=torch.float64, device=weights[0].device).split(counts))
+    return _by_weight(parameter.detach(), counts)
 
 
-def _chunk_maxima(rule: Penalty, weights: Sequence[Tensor]) -> Tensor:
-    chunks = [chunk for weight in weights for chunk in weight.split(CHUNK_SIZE) if rule.is_sparse and len(chunk)]
-    maxima = [chunk.abs().amax() for chunk in chunks]
+def _by_weight(numbers: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The numbers of each weight's segments, given one per segment or one per weight."""
+    numbers = numbers.to(torch.float64)
+    if len(numbers) == len(counts):
+        return [number.expand(count) for number, count in zip(numbers, counts, strict=True)]
+    return list(numbers.split(counts))
+
+
+def _mapped(function: Callable[..., Tensor], weight: Tensor, group_size: int, *per_segment: Tensor) -> list[Tensor]:
+    """The function of each segment and its entries of ``per_segment``, shapes (channels, segments of a channel, ...).
+
+    More than one where the last segments of the channels are shorter.
+    """
+    results, first = [], 0
+    for block in blocks(weight, group_size):
+        channels, count, _ = block.shape
+        chosen = [
+            numbers.unflatten(0, (channels, -1))[:, first : first + count].flatten(0, 1) for numbers in per_segment
+        ]
+        if channels * count == 1:
+            result = function(block[0, 0], *(numbers[0] for numbers in chosen))[None]
+        else:
+            result = torch.vmap(function)(block.flatten(0, 1), *chosen)
+        results.append(result.unflatten(0, (channels, count)))
+        first += count
+    return results
+
+
+def _chunk_maxima(rule: Penalty, weights: Sequence[Tensor], group_size: int) -> Tensor:
+    are_kept = rule.is_sparse and group_size == PER_TENSOR
+    flat = [weight.detach().reshape(-1).to(torch.float64) for weight in weights if are_kept]
+    maxima = [chunk.abs().amax() for weight in flat for chunk in weight.split(CHUNK_SIZE) if len(chunk)]
     return torch.stack(maxima) if maxima else torch.empty(0, dtype=torch.float64, device=weights[0].device)
