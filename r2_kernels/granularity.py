@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 PER_TENSOR = 0
 PER_CHANNEL = -1
@@ -67,6 +68,18 @@ def _count(weight: Tensor, group_size: int) -> int:
 
 def _channel_count(weight: Tensor) -> int:
     return weight.shape[0] if weight.ndim >= 2 else 1
+
+
+def are_consecutive(weight: Tensor, group_size: int) -> bool:
+    """Whether the weight fills one block of memory, in which its segments follow one another."""
+    if weight.is_contiguous():
+        return True
+    if not is_non_overlapping_and_dense_or_false(weight):
+        return False
+    is_channelwise = group_size == PER_CHANNEL and weight.ndim >= 2
+    return group_size == PER_TENSOR or (
+        is_channelwise and (weight.shape[0] == 1 or weight.stride(0) == weight.numel() // weight.shape[0])
+    )
 
 
 def segments(weight: Tensor, group_size: int) -> list[Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r2_kernels import backends
-from r2_kernels.granularity import PER_TENSOR, counts_of, summed_by_weight
+from r2_kernels.granularity import PER_TENSOR, are_consecutive, counts_of, summed_by_weight
 from r2_kernels.penalties import CHUNK_SIZE, by_name
 from r2_kernels.validation import value_dtype
 
@@ -133,7 +133,12 @@ def _(
     coefficients: Tensor,
     group_size: int = 0,
 ) -> list[Tensor]:
-    return [torch.empty_like(weight) for weight in weights]
+    return [
+        torch.empty_like(weight)
+        if group_size == PER_TENSOR or are_consecutive(weight, group_size)
+        else weight.new_empty(weight.shape)
+        for weight in weights
+    ]
 
 
 @fake("apply_")

@@ -46,6 +46,45 @@ inline std::vector<double> read_parameter(const std::optional<Tensor>& parameter
   return parameter.has_value() ? read_scalars(*parameter, count, "parameter") : std::vector<double>(count);
 }
 
+// One number per segment, or one per weight that all its segments share, or none, which counts as 0; read in place.
+class PerSegment {
+ public:
+  PerSegment() = default;
+  PerSegment(const Tensor& tensor, const Segments& segments, const char* name) : tensor_(tensor) {
+    const int64_t shared = segments.weight_count(), own = segments.total();
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && (tensor.size(0) == shared || tensor.size(0) == own), name,
+                    ": expected a tensor of shape (", shared, ",)",
+                    shared == own ? "" : ", or (" + std::to_string(own) + ",), on the CPU");
+    const ScalarType dtype = tensor.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name,
+                    ": expected dtype float32 or float64");
+    is_double_ = dtype == ScalarType::Double;
+    is_shared_ = tensor.size(0) == shared;
+    stride_ = tensor.stride(0);
+    data_ = tensor.const_data_ptr();
+  }
+
+  // Of the segment of that number, which belongs to that weight.
+  double at(int64_t number, int64_t weight) const {
+    if (data_ == nullptr) return 0;
+    const int64_t i = (is_shared_ ? weight : number) * stride_;
+    return is_double_ ? static_cast<const double*>(data_)[i] : static_cast<const float*>(data_)[i];
+  }
+
+ private:
+  std::optional<Tensor> tensor_;
+  bool is_double_ = false, is_shared_ = false;
+  int64_t stride_ = 0;
+  const void* data_ = nullptr;
+};
+
+inline PerSegment read_parameter(const std::optional<Tensor>& parameter, const PenaltyEntry& penalty,
+                                 const Segments& segments) {
+  STD_TORCH_CHECK(parameter.has_value() == penalty.has_parameter, "parameter: expected ",
+                  penalty.has_parameter ? "a tensor" : "None", " for penalty '", penalty.name, "'");
+  return parameter.has_value() ? PerSegment(*parameter, segments, "parameter") : PerSegment();
+}
+
 // The entries of a tensor of float64, contiguous or copied.
 class Doubles {
  public:

@@ -23,9 +23,33 @@ struct ChunkKernels {
                          double* row);
 };
 
+// At most so many consecutive short segments of one weight, of equal size.
+inline constexpr int64_t kSpan = 16;
+
+struct Span {
+  const void* weight;
+  void* gradient;  // in the weight's order; null where none is asked for
+  int64_t count, size;
+  double parameters[kSpan], coefficients[kSpan];
+};
+
+// What finalize() of r2_kernels/ops.py gives for the segments of a span.
+struct SpanValues {
+  double values[kSpan], parameter_gradients[kSpan];
+};
+
+// Over whole segments, `rows` being theirs, one after the other.
+struct SpanKernels {
+  void (*reduce)(const Span& span, double* rows, SpanValues& values);
+  void (*write)(const Span& span, const double* rows);
+  void (*add)(const Span& span, const double* rows);
+  void (*reduce_and_add)(const Span& span, SpanValues& values);
+};
+
 struct InstructionSet {
   const char* name;
   ChunkKernels kernels[kPenaltyCount][kStorageCount];
+  SpanKernels span_kernels[kPenaltyCount][kStorageCount];
 };
 
 // The best one that this processor has.

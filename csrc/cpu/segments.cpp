@@ -90,17 +90,23 @@ bool have_same_order(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-Segments::Segments(const std::vector<Tensor>& weights) : weights_(weights) {
+Segments::Segments(const std::vector<Tensor>& weights, int64_t group_size)
+    : group_size_(group_size), weights_(weights) {
   STD_TORCH_CHECK(!weights.empty(), "weights: expected at least one tensor");
+  STD_TORCH_CHECK(group_size >= kPerChannel, "group_size: expected 0, -1 or the size of a group, got ", group_size);
+  stored_.reserve(weights.size());
   segments_.reserve(weights.size());
-  int64_t chunk_count = 0;
   for (size_t i = 0; i < weights_.size(); ++i) {
     const Storage storage = storage_of(weights_[i], "weights", i);
-    if (!is_dense(weights_[i])) weights_[i] = torch::stable::contiguous(weights_[i]);
+    if (!are_consecutive(weights_[i])) weights_[i] = torch::stable::contiguous(weights_[i]);
     has_float64_ |= storage == kFloat64;
-    segments_.push_back(
-        {static_cast<const char*>(weights_[i].const_data_ptr()), nullptr, weights_[i].numel(), chunk_count, storage});
-    chunk_count += segments_.back().chunks();
+    stored_.push_back({static_cast<const char*>(weights_[i].const_data_ptr()), nullptr, storage});
+    add_weight(static_cast<int32_t>(i));
+  }
+  int64_t chunk_count = 0;
+  for (Segment& segment : segments_) {
+    segment.first_chunk = chunk_count;
+    chunk_count += segment.chunks();
   }
   chunks_.reserve(chunk_count);
   for (size_t i = 0; i < segments_.size(); ++i) {
@@ -110,18 +116,56 @@ Segments::Segments(const std::vector<Tensor>& weights) : weights_(weights) {
   }
 }
 
+void Segments::add_weight(int32_t weight) {
+  const Tensor& tensor = weights_[weight];
+  const Storage storage = stored_[weight].storage;
+  const int64_t numel = tensor.numel();
+  if (group_size_ == kPerTensor || numel == 0) {
+    cuts_.push_back({numel, numel});
+    segments_.push_back({weight, total_++, 0, numel, 0, storage});
+    return;
+  }
+  int64_t channel_size = numel / (tensor.dim() >= 2 ? tensor.size(0) : 1);
+  const int64_t size = group_size_ == kPerChannel ? channel_size : std::min(group_size_, channel_size);
+  if (channel_size % size == 0) channel_size = numel;  // all segments are equal
+  const Cut cut{channel_size, size};
+  cuts_.push_back(cut);
+  const int64_t count = numel / channel_size * cut.per_channel();
+  if (size > kChunkSize) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t begin = i % cut.per_channel() * size;
+      segments_.push_back({weight, total_ + i, i / cut.per_channel() * channel_size + begin,
+                           std::min(size, channel_size - begin), 0, storage});
+    }
+  } else {
+    const int64_t fitting = kChunkSize / size;
+    const int64_t step = fitting < kSpan ? fitting : fitting / kSpan * kSpan;
+    for (int64_t begin = 0; begin < count; begin += step) {
+      runs_.push_back({weight, total_, begin, std::min(begin + step, count)});
+    }
+  }
+  total_ += count;
+}
+
+bool Segments::are_consecutive(const Tensor& tensor) const {
+  if (group_size_ == kPerTensor) return is_dense(tensor);
+  if (tensor.is_contiguous() || tensor.numel() == 0 || tensor.dim() < 2) return tensor.is_contiguous();
+  return group_size_ == kPerChannel && is_dense(tensor) &&
+         (tensor.size(0) == 1 || tensor.stride(0) == tensor.numel() / tensor.size(0));
+}
+
 void Segments::accumulate_into(const std::vector<Tensor>& gradients) {
   STD_TORCH_CHECK(gradients.size() == weights_.size(), "gradients: expected ", weights_.size(), " tensors, got ",
                   gradients.size());
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Storage storage = storage_of(gradients[i], "gradients", i);
-    STD_TORCH_CHECK(storage == segments_[i].storage, "gradients[", i, "]: expected the dtype of its weight");
+    STD_TORCH_CHECK(storage == stored_[i].storage, "gradients[", i, "]: expected the dtype of its weight");
     STD_TORCH_CHECK(have_same_shape(gradients[i], weights_[i]), "gradients[", i, "]: expected the shape of its weight");
     STD_TORCH_CHECK(!overlaps_itself(gradients[i]), "gradients[", i, "]: expected one memory location per entry");
   }
   for (size_t i = 0; i < gradients.size(); ++i) {
     Tensor gradient = gradients[i];
-    if (!is_dense(gradient)) {
+    if (!are_consecutive(gradient)) {
       gradient = torch::stable::contiguous(gradient);
       apart_.emplace_back(gradients[i], gradient);
     }
@@ -129,10 +173,10 @@ void Segments::accumulate_into(const std::vector<Tensor>& gradients) {
       Tensor reordered = torch::stable::empty_like(gradient);
       torch::stable::copy_(reordered, weights_[i]);
       weights_[i] = reordered;
-      segments_[i].weight = static_cast<const char*>(reordered.const_data_ptr());
+      stored_[i].weight = static_cast<const char*>(reordered.const_data_ptr());
       is_reordered_ = true;
     }
-    segments_[i].gradient = static_cast<char*>(gradient.mutable_data_ptr());
+    stored_[i].gradient = static_cast<char*>(gradient.mutable_data_ptr());
   }
 }
 
@@ -145,8 +189,8 @@ std::vector<Tensor> Segments::new_gradients() {
   gradients.reserve(weights_.size());
   for (size_t i = 0; i < weights_.size(); ++i) {
     gradients.push_back(torch::stable::empty_like(weights_[i]));
-    segments_[i].gradient = static_cast<char*>(gradients.back().mutable_data_ptr());
-    ask_for_huge_pages(segments_[i].gradient, segments_[i].size * segments_[i].entry_bytes());
+    stored_[i].gradient = static_cast<char*>(gradients.back().mutable_data_ptr());
+    ask_for_huge_pages(stored_[i].gradient, weights_[i].numel() * bytes_of(stored_[i].storage));
   }
   return gradients;
 }

@@ -17,6 +17,7 @@ from r2_kernels.backends.triton.checks import check_float64, check_parameter, ch
 from r2_kernels.backends.triton.chunk_table import DestinationTable, TableCache, WeightTable
 from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
 from r2_kernels.backends.triton.reduce_kernels import finalize_rows, merge_chunks, reduce_chunks
+from r2_kernels.granularity import PER_TENSOR
 from r2_kernels.penalties import CHUNK_SIZE, by_name
 
 LANGUAGE_DTYPES = {
@@ -37,7 +38,10 @@ _weight_tables: TableCache[WeightTable] = TableCache()
 _destination_tables: TableCache[DestinationTable] = TableCache()
 
 
-def reduce(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reduce(
+    penalty: str, weights: Sequence[Tensor], parameter: Tensor | None, group_size: int = PER_TENSOR
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_group_size(group_size)
     table, weights = _weight_table(weights)
     return _reduce(penalty, table, weights[0], parameter)
 
@@ -66,7 +70,9 @@ def apply(
     statistics: Tensor,
     partials: Tensor,
     coefficients: Tensor,
+    group_size: int = PER_TENSOR,
 ) -> list[Tensor]:
+    _check_group_size(group_size)
     table, dense = _weight_table(weights)
     _check_reduced(penalty, table, dense[0].device, parameter, statistics, partials, coefficients)
     gradients = [torch.empty_like(weight) for weight in weights]
@@ -83,7 +89,9 @@ def apply_(
     partials: Tensor,
     coefficients: Tensor,
     gradients: Sequence[Tensor],
+    group_size: int = PER_TENSOR,
 ) -> None:
+    _check_group_size(group_size)
     table, weights = _weight_table(weights)
     _check_reduced(penalty, table, weights[0].device, parameter, statistics, partials, coefficients)
     destinations = _destination_table(table, weights, gradients)
@@ -96,13 +104,20 @@ def reduce_apply_(
     parameter: Tensor | None,
     coefficients: Tensor,
     gradients: Sequence[Tensor],
+    group_size: int = PER_TENSOR,
 ) -> tuple[Tensor, Tensor]:
+    _check_group_size(group_size)
     table, weights = _weight_table(weights)
     check_scalars(coefficients, "coefficients", len(weights), weights[0].device)
     destinations = _destination_table(table, weights, gradients)
     values, slopes, statistics, partials = _reduce(penalty, table, weights[0], parameter)
     _apply(penalty, table, parameter, statistics, partials, coefficients, gradients, destinations, True)
     return values, slopes
+
+
+def _check_group_size(group_size: int) -> None:
+    if group_size != PER_TENSOR:
+        raise NotImplementedError("granularity: expected 'tensor', which is all that the backend 'triton' computes")
 
 
 def launch(kernel: Any, programs: int, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
