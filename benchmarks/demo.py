@@ -24,9 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.rule import Rule
 from rich.table import Table
 
+from benchmarks import optimizer
 from benchmarks.compression.demo_picture import draw
 from benchmarks.compression.demo_search import Plan, Study, Trial
-from benchmarks.compression.demo_training import BITS, Result
+from benchmarks.compression.demo_training import BITS, OPTIMIZERS, Result
 from benchmarks.compression.quantize import SCHEMES
 from benchmarks.compression.regularization import TITLES
 from benchmarks.compression.spread import spread
@@ -38,6 +39,7 @@ STEPS = 800
 QUICK_STEPS = 40
 TIMED_MODEL = "ResNet-18"
 TIMED_ROUNDS = 5
+OPTIMIZER_ROUNDS = 9
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     start = time.perf_counter()
     steps = QUICK_STEPS if options.quick else STEPS
-    plan = Plan(options.penalty, options.strength, options.seeds, steps, has_search=not options.quick)
+    plan = Plan(options.penalty, options.strength, options.seeds, steps, options.optimizer, not options.quick)
     console.print(
         f"[bold]Range regularization (R²) on scikit-learn's digits[/bold]\n{len(plan)} trainings of {steps} steps: "
         f"plain, and with {', '.join(TITLES[penalty] for penalty in options.penalty)}"
@@ -68,11 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("interrupted: nothing was written")
         return 130
     speeds = [_speed(penalty) for penalty in options.penalty]
+    parts = optimizer.RULES if options.quick else optimizer.QUESTIONS
+    steps_taken = {part: _steps(part, 1 if options.quick else OPTIMIZER_ROUNDS) for part in parts}
     picture, numbers = options.output / "demo.png", options.output / "demo.json"
     draw(study.results, picture)
     seconds = time.perf_counter() - start
-    numbers.write_text(json.dumps(_as_json(study, speeds, steps, seconds), indent=1) + "\n")
-    _show(console, study, speeds)
+    numbers.write_text(json.dumps(_as_json(study, speeds, steps_taken, steps, seconds), indent=1) + "\n")
+    _show(console, study, speeds, steps_taken)
     console.print(f"Picture  [bold]{picture}[/bold]\nNumbers  [bold]{numbers}[/bold]\n{seconds:.0f} s in all")
     return 0
 
@@ -91,6 +95,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--strength",
         type=float,
         help="use this strength, and search for the start and learning rate of M or the temperature only",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="torch",
+        help="train with torch.optim's SGD after add_gradients_, or with r2_kernels.optim's, which has the penalty "
+        "inside its step (default: torch)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default: 3)")
     parser.add_argument(
@@ -139,7 +150,16 @@ def _speed(penalty: str) -> Speed:
     return Speed(penalty, *(statistics.median(taken[1:]) for taken in times))  # The first round warms up.
 
 
-def _show(console: Console, study: Study, speeds: Sequence[Speed]) -> None:
+def _steps(part: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of an optimizer's step, or of a whole training step, without the penalty and with it in several ways."""
+    if part == "training step":
+        return optimizer.take_turns(optimizer.training_steps(), min(rounds, 5))
+    return optimizer.take_turns(optimizer.optimizer_steps(part, TIMED_MODEL), rounds)
+
+
+def _show(
+    console: Console, study: Study, speeds: Sequence[Speed], steps_taken: Mapping[str, Mapping[str, list[float]]]
+) -> None:
     """The final screen."""
     console.print()
     console.print(Rule("1. Settings, chosen on the validation split", align="left"))
@@ -172,6 +192,14 @@ def _show(console: Console, study: Study, speeds: Sequence[Speed]) -> None:
         "in brackets, as a multiple of torch.sum over the same bytes: reading them once."
     )
     console.print(_speed_table(speeds))
+    console.print()
+    console.print(Rule("4. What it adds to a step", align="left"))
+    console.print(
+        f"Steps of AdamW and of SGD with momentum for {TIMED_MODEL} with soft-min-max, and a whole\n"
+        "training step with GPT-2's shapes on 128 tokens; as multiples of the same without\n"
+        "a penalty, by torch's fused optimizer."
+    )
+    console.print(_step_table(steps_taken))
     console.print()
 
 
@@ -252,7 +280,30 @@ def _speed_table(speeds: Sequence[Speed]) -> Table:
     return table
 
 
-def _as_json(study: Study, speeds: Sequence[Speed], steps: int, seconds: float) -> dict[str, object]:
+def _step_table(steps_taken: Mapping[str, Mapping[str, list[float]]]) -> Table:
+    table = Table()
+    table.add_column("step")
+    for title in ("without", "eager penalty", "add_gradients_", "inside the step"):
+        table.add_column(title, justify="right")
+    for part, times in steps_taken.items():
+        base = next(iter(times))  # without, by torch
+        name = base.split("(")[0].replace("torch ", "")
+        ways = (f"eager penalty, torch {name}", f"add_gradients_, torch {name}", f"r2 {name}, soft_min_max")
+        table.add_row(
+            "training" if part == "training step" else name,
+            f"{statistics.median(times[base]) * 1e3:.1f} ms",
+            *(f"{optimizer.ratio(times, way, base):.2f}" for way in ways),
+        )
+    return table
+
+
+def _as_json(
+    study: Study,
+    speeds: Sequence[Speed],
+    steps_taken: Mapping[str, Mapping[str, list[float]]],
+    steps: int,
+    seconds: float,
+) -> dict[str, object]:
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -263,6 +314,7 @@ def _as_json(study: Study, speeds: Sequence[Speed], steps: int, seconds: float) 
             for trial in study.trials
         ],
         "runs": [run.as_json() for runs in study.results.values() for run in runs],
+        "steps taken": steps_taken,
         "speed": {"model": TIMED_MODEL, "seconds": [asdict(speed) for speed in speeds]},
     }
 

@@ -39,8 +39,15 @@ QUESTIONS = {
         ("soft-min-max inside / torch's fused step without", "r2 SGD, soft_min_max", "torch SGD(fused=True)"),
         ("margin inside / torch's fused step without", "r2 SGD, margin", "torch SGD(fused=True)"),
         ("L∞ inside / torch's fused step without", "r2 SGD, linf", "torch SGD(fused=True)"),
+        ("add_gradients_ before torch's / torch's without", "add_gradients_, torch SGD", "torch SGD(fused=True)"),
+        ("eager soft-min-max before torch's / without", "eager penalty, torch SGD", "torch SGD(fused=True)"),
     ],
-    "training step": [("AdamW with soft-min-max / AdamW without", "r2 AdamW, soft_min_max", "r2 AdamW")],
+    "training step": [
+        ("soft-min-max inside / the same step without", "r2 AdamW, soft_min_max", "r2 AdamW"),
+        ("soft-min-max inside / torch's fused AdamW without", "r2 AdamW, soft_min_max", "torch AdamW(fused=True)"),
+        ("add_gradients_ before torch's / without", "add_gradients_, torch AdamW", "torch AdamW(fused=True)"),
+        ("eager soft-min-max before torch's / without", "eager penalty, torch AdamW", "torch AdamW(fused=True)"),
+    ],
 }
 RULES: dict[str, dict[str, Any]] = {"AdamW": {"lr": 1e-4}, "SGD": {"lr": 1e-4, "momentum": 0.9}}
 
@@ -96,9 +103,9 @@ def as_table(part: str, times: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def optimizer_steps(rule: str) -> dict[str, Step]:
+def optimizer_steps(rule: str, shapes: str = "GPT-2") -> dict[str, Step]:
     """Steps of one update rule over the same weights, gradients and moments."""
-    parameters = [nn.Parameter(weight) for weight in weights("GPT-2")]
+    parameters = [nn.Parameter(weight) for weight in weights(shapes)]
     for weight in parameters:
         weight.grad = torch.randn_like(weight).mul_(1e-3)
     settings = RULES[rule]
@@ -107,11 +114,10 @@ def optimizer_steps(rule: str) -> dict[str, Step]:
     steps: dict[str, Step] = {f"torch {rule}(fused=True)": plain.step, f"r2 {rule}": _sharing(plain, fused, settings)}
     for penalty in ("linf", "margin", "soft_min_max"):
         steps[f"r2 {rule}, {penalty}"] = _sharing(plain, fused, settings, _regularizer(parameters, penalty))
-    if rule == "AdamW":
-        regularizer = _regularizer(parameters, "soft_min_max")
-        steps["add_gradients_, torch AdamW"] = lambda: (regularizer.add_gradients_(), plain.step())
-        temperature = torch.full((len(parameters),), TEMPERATURE, requires_grad=True)
-        steps["eager penalty, torch AdamW"] = lambda: (_add_eagerly(parameters, temperature), plain.step())
+    regularizer = _regularizer(parameters, "soft_min_max")
+    steps[f"add_gradients_, torch {rule}"] = lambda: (regularizer.add_gradients_(), plain.step())
+    temperature = torch.full((len(parameters),), TEMPERATURE, requires_grad=True)
+    steps[f"eager penalty, torch {rule}"] = lambda: (_add_eagerly(parameters, temperature), plain.step())
     return steps
 
 
@@ -166,26 +172,36 @@ class Gpt2(nn.Module):
 
 
 def training_steps() -> dict[str, Step]:
-    """Forward, backward and step on one batch of one sequence, without and with the penalty."""
+    """Forward, backward and step on one batch of one sequence, without and with the penalty, on the same moments."""
     torch.manual_seed(0)
     model = Gpt2()
     tokens = torch.randint(50257, (1, TOKENS + 1))
     regularizer = RangeRegularizer(model, "soft_min_max", strength=STRENGTH, temperature=TEMPERATURE)
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     without = optim.AdamW(model.parameters(), lr=1e-4)
     within = optim.AdamW(model.parameters(), lr=1e-4, regularizer=regularizer)
+    outside = RangeRegularizer(model, "soft_min_max", strength=STRENGTH, temperature=TEMPERATURE)
+    temperature = torch.full((len(outside.names),), TEMPERATURE, requires_grad=True)
 
-    def step(optimizer: torch.optim.Optimizer) -> None:
+    def step(optimizer: torch.optim.Optimizer, add_penalty: Step = lambda: None) -> None:
         logits = model(tokens[:, :-1])
         nn.functional.cross_entropy(logits[0], tokens[0, 1:]).backward()
+        add_penalty()
         for carried in regularizer.carried_statistics:
             carried.remember(carried.weights, regularizer.own_parameter())
         optimizer.step()
         optimizer.zero_grad()
 
-    step(without)
+    step(plain)
     for parameter in model.parameters():
-        within.state[parameter] = without.state[parameter]
-    return {"r2 AdamW": lambda: step(without), "r2 AdamW, soft_min_max": lambda: step(within)}
+        without.state[parameter] = within.state[parameter] = plain.state[parameter]
+    return {
+        "torch AdamW(fused=True)": lambda: step(plain),
+        "r2 AdamW": lambda: step(without),
+        "r2 AdamW, soft_min_max": lambda: step(within),
+        "add_gradients_, torch AdamW": lambda: step(plain, outside.add_gradients_),
+        "eager penalty, torch AdamW": lambda: step(plain, lambda: _add_eagerly(outside.weights(), temperature)),
+    }
 
 
 if __name__ == "__main__":

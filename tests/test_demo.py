@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from benchmarks import demo
 from benchmarks.compression import demo_search as search
-from benchmarks.compression.demo_training import Result, fit
+from benchmarks.compression.accuracy import accuracy
+from benchmarks.compression.demo_training import OPTIMIZERS, Result, fit
 from benchmarks.compression.digits import digits
 from benchmarks.compression.mobilenet_v1 import small_mobilenet
 from benchmarks.compression.quantize import SCHEMES, quantize, quantized
 from benchmarks.compression.regularization import Regularization
+from benchmarks.compression.splits import TensorSplit
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -61,7 +63,7 @@ def test_digits_are_split_without_overlap() -> None:
 def test_the_search_decides_by_validation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings are replaced by results where validation and test disagree about what is best."""
 
-    def trained(settings: Regularization, seed: int, steps: int) -> Result:
+    def trained(settings: Regularization, seed: int, steps: int, optimizer: str) -> Result:
         keys = [(scheme, bits) for scheme in SCHEMES for bits in (8, 4, 3, 2)]
         result = Result(settings, seed, weights=torch.ones(1))
         result.validation = dict.fromkeys(keys, 50.0 + settings.strength)
@@ -95,13 +97,30 @@ def test_training_repeats_and_regularizes() -> None:
     data = digits().train
 
     def parameters(settings: Regularization) -> list[Tensor]:
-        return list(fit(settings, 0, 2, data).parameters())
+        return list(fit(settings, 0, 2, data, "torch").parameters())
 
     plain = parameters(Regularization())
     assert all(map(torch.equal, plain, parameters(Regularization())))
     for candidates in search.CANDIDATES.values():
         regularized = parameters(candidates[0])
         assert not any(map(torch.equal, plain, regularized))
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("penalty", [None, *search.CANDIDATES])
+def test_either_optimizer_trains_the_same(penalty: str | None) -> None:
+    """In float64, where forty steps do not yet blow a rounding up."""
+    torch.set_num_threads(1)
+    settings = Regularization() if penalty is None else search.CANDIDATES[penalty][0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        train, validation = (TensorSplit(s.inputs.double(), s.labels) for s in (digits().train, digits().validation))
+        models = [fit(settings, 0, 40, train, optimizer) for optimizer in OPTIMIZERS]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(*(model.state_dict().values() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert accuracy(models[0], validation) == accuracy(models[1], validation) > 50
 
 
 @pytest.mark.usefixtures("restored_threads")
@@ -117,6 +136,7 @@ def test_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(0 <= value <= 100 for run in numbers["runs"] for value in run["test"].values())
     (speed,) = numbers["speed"]["seconds"]
     assert f"{speed['eager'] / speed['fused']:.0f} ×" in shown
+    assert {"AdamW", "SGD"} == set(numbers["steps taken"])
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,20 @@ class Plan:
         strength: where given, the search is over the start of M and of the temperature only.
         seeds: how many trainings of each kind are reported.
         steps: the length of each training.
+        optimizer: as ``fit`` takes it.
         has_search: False trains each penalty with its first candidate.
     """
 
     def __init__(
-        self, penalties: Sequence[str], strength: float | None, seeds: int, steps: int, has_search: bool = True
+        self,
+        penalties: Sequence[str],
+        strength: float | None,
+        seeds: int,
+        steps: int,
+        optimizer: str = "torch",
+        has_search: bool = True,
     ) -> None:
-        self.seeds, self.steps = seeds, steps
+        self.seeds, self.steps, self.optimizer = seeds, steps, optimizer
         self.candidates: dict[str, list[Regularization]] = {}
         for penalty in penalties:
             tried = CANDIDATES[penalty][: None if has_search else 1]
@@ -117,7 +124,9 @@ class Plan:
     def _train(
         self, pool: ProcessPoolExecutor, jobs: Iterable[tuple[Regularization, int]], on_done: Callable[[], Any]
     ) -> dict[tuple[Regularization, int], Result]:
-        futures = {pool.submit(train, settings, seed, self.steps): (settings, seed) for settings, seed in jobs}
+        futures = {
+            pool.submit(train, settings, seed, self.steps, self.optimizer): (settings, seed) for settings, seed in jobs
+        }
         done = {}
         for future in as_completed(futures):
             done[futures[future]] = future.result()

@@ -16,7 +16,9 @@ from benchmarks.compression.quantize import SCHEMES, quantized
 from benchmarks.compression.regularization import Regularization
 from benchmarks.compression.splits import Batch, TensorSplit
 from benchmarks.compression.training import Stepper, descend, parameter_groups
+from r2_kernels import optim
 
+OPTIMIZERS = ("torch", "r2_kernels")
 BITS = (8, 4, 3, 2)
 # The layer whose weights are shown: the last 1 × 1 convolution, the largest of the network.
 SHOWN_LAYER = "blocks.4.3"
@@ -51,10 +53,10 @@ class Result:
         }
 
 
-def train(settings: Regularization, seed: int, steps: int) -> Result:
+def train(settings: Regularization, seed: int, steps: int, optimizer: str) -> Result:
     """Train a network, then measure it at every number of bits."""
     data = digits()
-    model = fit(settings, seed, steps, data.train)
+    model = fit(settings, seed, steps, data.train, optimizer)
     result = Result(settings, seed, weights=model.get_submodule(SHOWN_LAYER).weight.detach().flatten())
     models = {"float": model} | {(scheme, bits): quantized(model, bits, scheme) for scheme in SCHEMES for bits in BITS}
     for split, accuracies in ((data.validation, result.validation), (data.test, result.test)):
@@ -62,15 +64,24 @@ def train(settings: Regularization, seed: int, steps: int) -> Result:
     return result
 
 
-def fit(settings: Regularization, seed: int, steps: int, split: TensorSplit) -> nn.Module:
-    """The network after ``steps`` batches of 64, with Nesterov momentum and a cosine schedule; in evaluation mode."""
+def fit(settings: Regularization, seed: int, steps: int, split: TensorSplit, optimizer: str) -> nn.Module:
+    """The network after ``steps`` batches of 64, with Nesterov momentum and a cosine schedule; in evaluation mode.
+
+    ``optimizer`` is one of ``OPTIMIZERS``: torch's takes the penalty's gradient as ``add_gradients_`` leaves it, the
+    project's own has the penalty inside its step.
+    """
     torch.manual_seed(seed)
     model = small_mobilenet().to(memory_format=torch.channels_last)  # Its steps take 0.6 of the time.
     regularizer = settings.regularizer(model)
     groups = parameter_groups(model, regularizer, settings, weight_decay=5e-4)
-    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    descend(model, _random_batches(split, steps), Stepper(optimizer, schedule, regularizer))
+    sgd: torch.optim.Optimizer
+    if optimizer == "r2_kernels":
+        sgd = optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, regularizer=regularizer)
+    else:
+        sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps)
+    before = regularizer if optimizer == "torch" else None
+    descend(model, _random_batches(split, steps), Stepper(sgd, schedule, before))
     return model.eval()
 
 

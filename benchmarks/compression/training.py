@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from benchmarks.compression.dataset import Dataset, cross_entropy
 from benchmarks.compression.regularization import Regularization, Regularizer
 from benchmarks.compression.splits import Batch
+from r2_kernels import RangeRegularizer, optim
 
 WARM_UP = 0.1  # of all steps: the learning rate rises from zero
 OPTIMIZERS = ("sgd", "adamw")
@@ -41,11 +42,12 @@ class Training:
     is_bfloat16: bool = False
     is_decoupled: bool = False
 
-    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+    def make_optimizer(self, groups: list[dict[str, Any]], regularizer: RangeRegularizer | None = None) -> Optimizer:
+        """The optimizer, which takes the penalty of ``regularizer`` into its step."""
         if self.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9, nesterov=True)
+            return optim.SGD(groups, lr=self.learning_rate, momentum=0.9, nesterov=True, regularizer=regularizer)
         if self.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=self.learning_rate)
+            return optim.AdamW(groups, lr=self.learning_rate, regularizer=regularizer)
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
 
 
@@ -92,8 +94,9 @@ def _stepper(
     steps = training.epochs * steps_per_epoch
     if regularizer is None or not training.is_decoupled:
         groups = parameter_groups(model, regularizer, regularization, training.weight_decay)
-        optimizer = training.make_optimizer(groups)
-        return Stepper(optimizer, warm_up_and_cosine(optimizer, steps), regularizer)
+        inside, before = (regularizer, None) if isinstance(regularizer, RangeRegularizer) else (None, regularizer)
+        optimizer = training.make_optimizer(groups, inside)
+        return Stepper(optimizer, warm_up_and_cosine(optimizer, steps), before)
     optimizer = training.make_optimizer(parameter_groups(model, None, regularization, training.weight_decay))
     own = torch.optim.SGD(parameter_groups(model, regularizer, regularization, weight_decay=0.0), lr=1.0)
     return DecoupledStepper(
@@ -107,7 +110,7 @@ def _stepper(
 
 @dataclass
 class Stepper:
-    """What happens between backward and the next batch."""
+    """What happens between backward and the next batch; ``regularizer`` is one that the optimizer does not carry."""
 
     optimizer: Optimizer
     schedule: LRScheduler
