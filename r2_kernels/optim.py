@@ -22,7 +22,7 @@ from torch import Tensor
 from r2_kernels import ops, optimizer_ops  # noqa: F401  (the latter defines the operators)
 from r2_kernels.carried_statistics import CarriedStatistics
 from r2_kernels.regularizer import RangeRegularizer
-from r2_kernels.validation import FLOATING_DTYPES, value_dtype
+from r2_kernels.validation import FLOATING_DTYPES, is_dense, value_dtype
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -124,7 +124,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
             What the closure returns, or None.
 
         Raises:
-            TypeError: a gradient that is not dense, or a dtype that no kernel reads.
+            TypeError: a weight or gradient that is not dense or of a dtype that no kernel reads. Nothing has changed.
             ValueError: a weight of the regularizer that is not among the parameters or requires no gradient.
         """
         loss = None
@@ -174,6 +174,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
         layer_of_weight = self._layer_of_weight()
         buckets = []
         for index, group in enumerate(self.param_groups):
+            _check_parameters(group, index)
             by_device: dict[torch.device, tuple[dict[int, Tensor], list[Tensor]]] = {}
             for parameter in group["params"]:
                 layer = layer_of_weight.get(id(parameter))
@@ -460,13 +461,34 @@ class SGD(_FusedOptimizer, torch.optim.SGD):
         )
 
 
+def _check_parameters(group: dict[str, Any], group_index: int) -> None:
+    """Raise unless the operators read all parameters that have a gradient: before any of them is touched."""
+    for index, weight in enumerate(group["params"]):
+        gradient = weight.grad
+        if gradient is None:
+            continue
+        problem = None
+        if weight.layout is not torch.strided or weight.dtype not in FLOATING_DTYPES or not is_dense(weight):
+            problem = f"got {weight.dtype}, {weight.layout}, strides {_strides(weight)}"
+        elif gradient.layout is not torch.strided or gradient.dtype not in FLOATING_DTYPES:
+            problem = f"got a gradient of {gradient.dtype}, {gradient.layout}"
+        if problem is not None:
+            name = f" ({group['param_names'][index]!r})" if "param_names" in group else ""
+            raise TypeError(
+                f"params: group {group_index}, parameter {index}{name} of shape {tuple(weight.shape)}: expected a "
+                f"floating-point tensor that is dense in memory and a dense floating-point gradient, {problem}"
+            )
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    return tensor.stride() if tensor.layout is torch.strided else None
+
+
 def _gradient(weight: Tensor) -> Tensor:
     """The gradient in the memory order of its weight; zeros for a watched weight that the task has none for."""
     gradient = weight.grad
     if gradient is None:
         return torch.zeros_like(weight)
-    if gradient.layout is not torch.strided:
-        raise TypeError(f"gradient of shape {tuple(weight.shape)}: expected a dense tensor, got {gradient.layout}")
     is_in_order = (weight.is_contiguous() and gradient.is_contiguous()) or weight.stride() == gradient.stride()
     return gradient if is_in_order else torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from r2_kernels.granularity import Granularity, segment_counts
 
@@ -85,6 +86,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
             return tensor.numel() > 0
         reach += stride * (size - 1)
     return False
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, each place once, in whatever order of dimensions."""
+    return tensor.is_contiguous() or is_non_overlapping_and_dense_or_false(tensor)
 
 
 def _called(index: int, names: Sequence[str] | None) -> str:

@@ -369,3 +369,34 @@ def test_bad_arguments() -> None:
     model[0].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"'0\.weight' to require a gradient"):
         optim.SGD(model.parameters(), regularizer=reg).step()
+
+
+def gradient_that_is_sparse(weight: nn.Parameter) -> None:
+    weight.grad = torch.ones_like(weight).to_sparse()
+
+
+def gradient_of_complex_numbers(weight: nn.Parameter) -> None:
+    weight.grad = None
+    weight.grad_dtype = torch.complex64
+    weight.grad = torch.ones_like(weight, dtype=torch.complex64)
+
+
+def weight_with_gaps(weight: nn.Parameter) -> None:
+    weight.data = torch.ones(4, 6)[:, ::2]
+    weight.grad = torch.ones(4, 3)
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW, optim.SGD])
+@pytest.mark.parametrize("spoil", [gradient_that_is_sparse, gradient_of_complex_numbers, weight_with_gaps])
+def test_what_no_kernel_reads_is_refused_before_anything_changes(kind: Any, spoil: Any) -> None:
+    weights = {name: nn.Parameter(torch.randn(4, 3)) for name in ("first", "second")}
+    reg = RangeRegularizer(weights.items(), "soft_min_max")
+    optimizer = kind(weights.items(), lr=0.1, regularizer=reg)
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    spoil(weights["second"])
+    before = [tensor.detach().clone() for tensor in (*weights.values(), reg.temperature)]
+    with pytest.raises(TypeError, match=r"group 0, parameter 1 \('second'\) of shape \(4, 3\)"):
+        optimizer.step()
+    assert all(map(torch.equal, before, (*weights.values(), reg.temperature)))
+    assert not optimizer.state

@@ -583,39 +583,35 @@ def _with(**changes: Any) -> Step:
 
 def test_bad_lists() -> None:
     step = _with()
-    cases: list[tuple[Step, type[Exception], str]] = [
-        (replace(step, weights=[]), ValueError, "steps: expected 0 tensors"),
-        (replace(step, gradients=step.gradients[:1]), ValueError, "gradients: expected 2 tensors"),
-        (replace(step, steps=step.steps[:1]), ValueError, "steps: expected 2 tensors"),
-        (replace(step, states=[step.states[0], step.states[1][:1]]), ValueError, "exp_avg_sqs: expected 2 tensors"),
+    cases: list[tuple[Step, str]] = [
+        (replace(step, weights=[]), "steps: expected 0 tensors"),
+        (replace(step, gradients=step.gradients[:1]), "gradients: expected 2 tensors"),
+        (replace(step, steps=step.steps[:1]), "steps: expected 2 tensors"),
+        (replace(step, states=[step.states[0], step.states[1][:1]]), "exp_avg_sqs: expected 2 tensors"),
         (
             replace(step, gradients=[step.gradients[0].t().contiguous().t(), step.gradients[1]]),
-            ValueError,
             r"gradients\[0\]: expected shape \(4, 3\) and strides \(3, 1\) of its weight",
         ),
         (
             replace(step, states=[step.states[0], [step.states[1][0], step.states[1][1].double()]]),
-            TypeError,
             r"exp_avg_sqs\[1\]: expected torch.float32 of exp_avgs, got torch.float64",
         ),
         (
             replace(step, gradients=[step.gradients[0], step.gradients[1].int()]),
-            TypeError,
-            r"gradients\[1\]: expected dtype float32, bfloat16, float16, float64, got torch.int32",
+            r"gradients\[1\]: expected dtype float32, bfloat16, float16 or float64, got torch.int32",
         ),
         (
             replace(step, weights=[torch.zeros(4, 6, device=DEVICE)[:, ::2], step.weights[1]]),
-            ValueError,
             r"weights\[0\]: expected a dense layout",
         ),
-        (replace(step, steps=[step.steps[0], step.steps[1].int()]), TypeError, r"steps\[1\]: expected dtype float32"),
-        (replace(step, steps=[torch.zeros(2, device=DEVICE), step.steps[1]]), ValueError, r"steps\[0\]: expected one"),
-        (replace(step, found_inf=torch.zeros(2, device=DEVICE)), ValueError, "found_inf: expected one number"),
-        (replace(step, penalty="linf"), ValueError, r"statistics: expected shape \(W, S\)"),
+        (replace(step, steps=[step.steps[0], step.steps[1].int()]), r"steps\[1\]: expected dtype float32"),
+        (replace(step, steps=[torch.zeros(2, device=DEVICE), step.steps[1]]), r"steps\[0\]: expected one"),
+        (replace(step, found_inf=torch.zeros(2, device=DEVICE)), "found_inf: expected one number"),
+        (replace(step, penalty="linf"), r"statistics: expected shape \(W, S\)"),
     ]
     before = step.in_float64()
-    for bad, error, message in cases:
-        with pytest.raises(error, match=message):
+    for bad, message in cases:
+        with pytest.raises(RuntimeError, match=message):
             bad.run()
     for weight, kept in zip(step.weights, before.weights, strict=True):
         assert torch.equal(weight.cpu().double(), kept)
@@ -623,18 +619,18 @@ def test_bad_lists() -> None:
 
 def test_bad_statistics() -> None:
     step = _with().watch("soft_min_max", 2)
-    cases: list[tuple[Step, type[Exception], str]] = [
-        (replace(step, statistics=step.statistics[:1]), ValueError, "coefficients: expected shape"),
-        (replace(step, statistics=step.statistics[:, :3]), ValueError, "statistics: expected shape"),
-        (replace(step, statistics=step.statistics.float()), TypeError, "statistics: expected dtype float64"),
-        (replace(step, next_parameter=None), ValueError, "next_parameter: expected shape"),
-        (replace(step, penalty=None), ValueError, "statistics: expected shape"),
-        (replace(step, statistics=step.statistics.t().contiguous().t()), ValueError, "statistics: expected a contig"),
+    cases: list[tuple[Step, str]] = [
+        (replace(step, statistics=step.statistics[:1]), "coefficients: expected a tensor of shape"),
+        (replace(step, statistics=step.statistics[:, :3]), "statistics: expected shape"),
+        (replace(step, statistics=step.statistics.float()), "statistics: expected a float64 tensor"),
+        (replace(step, next_parameter=None), "next_parameter: expected a tensor"),
+        (replace(step, penalty=None), "statistics: expected shape"),
+        (replace(step, statistics=step.statistics.t().contiguous().t()), "statistics: expected a contig"),
     ]
-    for bad, error, message in cases:
-        with pytest.raises(error, match=message):
+    for bad, message in cases:
+        with pytest.raises(RuntimeError, match=message):
             bad.run()
-    with pytest.raises(ValueError, match="partials: expected shape"):
+    with pytest.raises(RuntimeError, match="partials: expected shape"):
         replace(_with().watch("linf", 2), partials=step.partials).run()
 
 

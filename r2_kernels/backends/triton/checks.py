@@ -17,13 +17,13 @@ from r2_kernels.validation import FLOATING_DTYPES, overlaps_itself
 def check_weights(weights: Sequence[Tensor]) -> None:
     device = weights[0].device
     for index, weight in enumerate(weights):
-        _check_stored(weight, f"weights[{index}]", device)
+        check_stored(weight, f"weights[{index}]", device)
 
 
 def check_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     for index, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
         name = f"gradients[{index}]"
-        _check_stored(gradient, name, weights[0].device)
+        check_stored(gradient, name, weights[0].device)
         if gradient.dtype != weight.dtype:
             raise RuntimeError(f"{name}: expected the dtype of its weight, {weight.dtype}, got {gradient.dtype}")
         if gradient.shape != weight.shape:
@@ -33,12 +33,14 @@ def check_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> N
             raise RuntimeError(f"{name}: expected one memory location per entry, got strides {gradient.stride()}")
 
 
-def check_parameter(parameter: Tensor | None, penalty: Penalty, count: int, device: torch.device) -> None:
+def check_parameter(
+    parameter: Tensor | None, penalty: Penalty, count: int, device: torch.device, name: str = "parameter"
+) -> None:
     if (parameter is None) != (penalty.parameter is None):
         expected = "None" if penalty.parameter is None else "a tensor"
-        raise RuntimeError(f"parameter: expected {expected} for penalty {penalty.name!r}")
+        raise RuntimeError(f"{name}: expected {expected} for penalty {penalty.name!r}")
     if parameter is not None:
-        check_scalars(parameter, "parameter", count, device)
+        check_scalars(parameter, name, count, device)
 
 
 def check_scalars(scalars: Tensor, name: str, count: int, device: torch.device) -> None:
@@ -56,8 +58,11 @@ def check_float64(tensor: Tensor, name: str, shape: tuple[int, ...], device: tor
         raise RuntimeError(f"{name}: expected a float64 tensor on {device}, got {tensor.dtype} on {tensor.device}")
 
 
-def _check_stored(tensor: Tensor, name: str, device: torch.device) -> None:
+def check_stored(
+    tensor: Tensor, name: str, device: torch.device, dtypes: Sequence[torch.dtype] = FLOATING_DTYPES
+) -> None:
     if tensor.device != device:
         raise RuntimeError(f"{name}: expected a tensor on {device}, got {tensor.device}")
-    if tensor.dtype not in FLOATING_DTYPES:
-        raise RuntimeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.dtype not in dtypes:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise RuntimeError(f"{name}: expected dtype {', '.join(others)} or {last}, got {tensor.dtype}")

@@ -14,9 +14,9 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from r2_kernels.backends.triton.checks import check_gradients, check_weights
+from r2_kernels.validation import is_dense
 
 # Lists of tensors that are remembered: a training loop has one or two, an autograd step with fresh gradients more.
 CACHED_LISTS = 32
@@ -202,11 +202,6 @@ class _Remembered(NamedTuple, Generic[Entry]):
     guards: TensorGuards
     stream: torch.cuda.Stream | None
     event: torch.cuda.Event | None
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory, each place once, in whatever order of dimensions."""
-    return tensor.is_contiguous() or is_non_overlapping_and_dense_or_false(tensor)
 
 
 def _strides(tensor: Tensor) -> tuple[tuple[int, int], ...]:

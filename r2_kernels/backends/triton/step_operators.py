@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r2_kernels.backends.triton import operators
+from r2_kernels.backends.triton.checks import check_float64, check_parameter, check_scalars
 from r2_kernels.backends.triton.operators import EXTREMES, LANGUAGE_DTYPES, REGIMES, SLOPE_REGIMES
 from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
 from r2_kernels.backends.triton.step_kernel import finish_tensors, step_chunks
@@ -81,7 +82,7 @@ def adamw_step_(
     if max_exp_avg_sqs:
         states["max_exp_avg_sqs"] = max_exp_avg_sqs
     if len(steps) != len(weights):
-        raise ValueError(f"steps: expected {len(weights)} tensors, one per weight, got {len(steps)}")
+        raise RuntimeError(f"steps: expected {len(weights)} tensors, one per weight, got {len(steps)}")
     _step(
         StepTensors(weights, gradients, states, steps, ()),
         Variant("adamw", len(states), False, maximize, is_decoupled, rounding_seed is not None),
@@ -117,7 +118,7 @@ def sgd_step_(
 ) -> None:
     has_momentum = momentum != 0
     if has_momentum and len(started) != len(weights):
-        raise ValueError(f"started: expected {len(weights)} entries, one per weight, got {len(started)}")
+        raise RuntimeError(f"started: expected {len(weights)} entries, one per weight, got {len(started)}")
     states = {"momentum_buffers": momentum_buffers} if has_momentum else {}
     _step(
         StepTensors(weights, gradients, states, (), started if has_momentum else ()),
@@ -189,7 +190,7 @@ def _step(
     regularization: _Regularization,
 ) -> None:
     if not given.weights:
-        raise ValueError("weights: expected at least one tensor, got an empty list")
+        raise RuntimeError("weights: expected at least one tensor, got an empty list")
     table, gradients = find_tables(given, CHUNK_SIZE)
     device = given.weights[0].device
     _check_scaling(scaling, device)
@@ -236,9 +237,9 @@ def _check_scaling(scaling: _Scaling, device: torch.device) -> None:
         if number is None:
             continue
         if number.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}: expected dtype float32 or float64, got {number.dtype}")
+            raise RuntimeError(f"{name}: expected dtype float32 or float64, got {number.dtype}")
         if number.numel() != 1 or number.device != device:
-            raise ValueError(
+            raise RuntimeError(
                 f"{name}: expected one number on {device}, got shape {tuple(number.shape)} on {number.device}"
             )
 
@@ -249,31 +250,19 @@ def _check_regularization(given: _Regularization, table: StepTable, device: torc
     shape = tuple(given.statistics.shape)
     watched = shape[0] if shape else -1
     if len(shape) != 2 or watched > count or (watched > 0) != (given.penalty is not None):
-        raise ValueError(f"statistics: expected shape (W, S), W from 1 to {count}, or 0 without a penalty, got {shape}")
+        raise RuntimeError(
+            f"statistics: expected shape (W, S), W from 1 to {count}, or 0 without a penalty, got {shape}"
+        )
     if given.penalty is None:
         return 0
     rule = by_name(given.penalty)
     chunks = table.first_chunks[watched] if rule.is_sparse else 0
-    _check_numbers("statistics", given.statistics, (watched, len(rule.statistics)), device, (torch.float64,))
-    _check_numbers("partials", given.partials, (chunks,), device, (torch.float64,))
+    check_float64(given.statistics, "statistics", (watched, len(rule.statistics)), device)
+    check_float64(given.partials, "partials", (chunks,), device)
     for name in ("statistics", "partials"):
         if not getattr(given, name).is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {getattr(given, name).stride()}")
-    per_segment = {"coefficients": given.coefficients}
-    if rule.parameter is not None:
-        per_segment |= {"parameter": given.parameter, "next_parameter": given.next_parameter}
-    for name, numbers in per_segment.items():
-        if numbers is None:
-            raise ValueError(f"{name}: expected shape ({watched},), got None")
-        _check_numbers(name, numbers, (watched,), device, (torch.float32, torch.float64))
+            raise RuntimeError(f"{name}: expected a contiguous tensor, got strides {getattr(given, name).stride()}")
+    check_scalars(given.coefficients, "coefficients", watched, device)
+    check_parameter(given.parameter, rule, watched, device)
+    check_parameter(given.next_parameter, rule, watched, device, "next_parameter")
     return watched
-
-
-def _check_numbers(
-    name: str, numbers: Tensor, shape: tuple[int, ...], device: torch.device, dtypes: Sequence[torch.dtype]
-) -> None:
-    if numbers.dtype not in dtypes:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected dtype {expected}, got {numbers.dtype}")
-    if tuple(numbers.shape) != shape or numbers.device != device:
-        raise ValueError(f"{name}: expected shape {shape} on {device}, got {tuple(numbers.shape)} on {numbers.device}")

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from r2_kernels.backends.triton.chunk_table import CACHED_LISTS, TableCache, is_dense, plan, upload
-from r2_kernels.validation import FLOATING_DTYPES
+from r2_kernels.backends.triton.checks import check_stored
+from r2_kernels.backends.triton.chunk_table import CACHED_LISTS, TableCache, plan, upload
+from r2_kernels.validation import is_dense
 
 COUNT_DTYPES = (torch.float32, torch.float64)
 
@@ -101,8 +102,8 @@ def find_tables(given: StepTensors, chunk_size: int) -> tuple[StepTable, Gradien
     """The tables of these lists, as they were built or built now: gradients alone may move from step to step.
 
     Raises:
-        TypeError: a dtype that no kernel reads.
-        ValueError: lists of different lengths, or a tensor of another device, shape or layout than its weight's.
+        RuntimeError: lists of different lengths, a dtype that no kernel reads, or a tensor of another device, shape or
+            layout than its weight's.
     """
     lists = [given.weights, *given.states.values(), given.steps]
     owner = _same(
@@ -129,9 +130,9 @@ def _addresses(*lists: Sequence[Tensor]) -> Tensor:
 def _check(given: StepTensors) -> None:
     device = given.weights[0].device
     for index, weight in enumerate(given.weights):
-        _check_tensor(f"weights[{index}]", weight, device, FLOATING_DTYPES)
+        check_stored(weight, f"weights[{index}]", device)
         if not is_dense(weight):
-            raise ValueError(f"weights[{index}]: expected a dense layout, got strides {weight.stride()}")
+            raise RuntimeError(f"weights[{index}]: expected a dense layout, got strides {weight.stride()}")
     _check_list("gradients", given.gradients, given.weights)
     for name, tensors in given.states.items():
         _check_list(name, tensors, given.weights)
@@ -139,31 +140,23 @@ def _check(given: StepTensors) -> None:
     for name in others:
         for index, (first, tensor) in enumerate(zip(given.states[first_name], given.states[name], strict=True)):
             if tensor.dtype is not first.dtype:
-                raise TypeError(f"{name}[{index}]: expected {first.dtype} of {first_name}, got {tensor.dtype}")
+                raise RuntimeError(f"{name}[{index}]: expected {first.dtype} of {first_name}, got {tensor.dtype}")
     for index, step in enumerate(given.steps):
-        _check_tensor(f"steps[{index}]", step, device, COUNT_DTYPES)
+        check_stored(step, f"steps[{index}]", device, COUNT_DTYPES)
         if step.numel() != 1:
-            raise ValueError(f"steps[{index}]: expected one number, got shape {tuple(step.shape)}")
+            raise RuntimeError(f"steps[{index}]: expected one number, got shape {tuple(step.shape)}")
 
 
 def _check_list(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     if len(tensors) != len(weights):
-        raise ValueError(f"{name}: expected {len(weights)} tensors, one per weight, got {len(tensors)}")
+        raise RuntimeError(f"{name}: expected {len(weights)} tensors, one per weight, got {len(tensors)}")
     for index, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
-        _check_tensor(f"{name}[{index}]", tensor, weight.device, FLOATING_DTYPES)
+        check_stored(tensor, f"{name}[{index}]", weight.device)
         if not _is_laid_out_as(tensor, weight):
-            raise ValueError(
+            raise RuntimeError(
                 f"{name}[{index}]: expected shape {tuple(weight.shape)} and strides {weight.stride()} of its weight, "
                 f"got {tuple(tensor.shape)} and {tensor.stride()}"
             )
-
-
-def _check_tensor(name: str, tensor: Tensor, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
-    if tensor.dtype not in dtypes:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device} of weights[0], got {tensor.device}")
 
 
 def _is_laid_out_as(tensor: Tensor, weight: Tensor) -> bool:
