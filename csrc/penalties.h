@@ -151,6 +151,13 @@ R2_INLINE V negative_power_of_two(V t) {
   return select(is_below, zero, PowersOfTwo<V>(select(is_below, zero, t)).up);
 }
 
+// e^x, of vectors for |x| <= 80.
+R2_INLINE double exponential(double x) { return std::exp(x); }
+template <class V>
+R2_INLINE V exponential(V x) {
+  return PowersOfTwo<V>(x * lane_t<V>(kLog2E)).up;
+}
+
 // What finalize() returns: the penalty's value and its gradient with respect to M or the temperature.
 struct Value {
   double value;
@@ -420,8 +427,8 @@ struct SoftMinMax {
   struct PowerSums : AdditiveSums<V, kOrder> {
     V center, inverse_reach;
 
-    template <class T>
-    R2_INLINE explicit PowerSums(const Frame<T>& frame)
+    template <class AnyFrame>
+    R2_INLINE explicit PowerSums(const AnyFrame& frame)
         : center(broadcast<V>(frame.center)), inverse_reach(broadcast<V>(frame.inverse_reach)) {}
 
     R2_INLINE void add(V w) { add_powers<kOrder>(this->fields, (w - center) * inverse_reach); }
@@ -470,8 +477,8 @@ struct SoftMinMax {
   struct MiddleSums : AdditiveSums<V, 6> {
     V center, temperature, maximum, minimum;
 
-    template <class T>
-    R2_INLINE explicit MiddleSums(const Frame<T>& frame)
+    template <class AnyFrame>
+    R2_INLINE explicit MiddleSums(const AnyFrame& frame)
         : center(broadcast<V>(frame.center)),
           temperature(broadcast<V>(frame.temperature * kLog2E)),
           maximum(broadcast<V>(frame.maximum)),
@@ -489,8 +496,8 @@ struct SoftMinMax {
   struct LargeSums : AdditiveSums<V, 6> {
     V temperature, maximum, minimum;
 
-    template <class T>
-    R2_INLINE explicit LargeSums(const Frame<T>& frame)
+    template <class AnyFrame>
+    R2_INLINE explicit LargeSums(const AnyFrame& frame)
         : temperature(broadcast<V>(frame.temperature * kLog2E)),
           maximum(broadcast<V>(frame.maximum)),
           minimum(broadcast<V>(frame.minimum)) {}
@@ -517,26 +524,40 @@ struct SoftMinMax {
     sums[2] = distance * first + sums[2];
   }
 
+  // What follows is computed for one segment, D being double, or for one a lane of D.
+
   // Sums of exp, d·exp and d²·exp over the entries, d being the distance to some point.
-  struct Moments {
-    double z, s, q;
+  template <class D>
+  struct MomentsOf {
+    D z, s, q;
 
     // The sums after every d has grown by `distance`, if exp is exp(a·d).
-    Moments shifted(double distance, double a) const {
-      if (distance == 0) return *this;
-      return scaled(std::exp(a * distance)).moved(distance);
+    MomentsOf shifted(D distance, D a) const {
+      if constexpr (sizeof(D) == sizeof(double)) {
+        if (distance == 0) return *this;
+      }
+      return scaled(exponential(a * distance)).moved(distance);
     }
-    Moments moved(double distance) const { return {z, s + distance * z, q + distance * (2 * s + distance * z)}; }
-    Moments scaled(double factor) const { return {factor * z, factor * s, factor * q}; }
-    Moments operator+(const Moments& other) const { return {z + other.z, s + other.s, q + other.q}; }
-    double mean() const { return s / z; }
-    double variance() const { return q / z - mean() * mean(); }
+    MomentsOf moved(D distance) const { return {z, s + distance * z, q + distance * (2.0 * s + distance * z)}; }
+    MomentsOf scaled(D factor) const { return {factor * z, factor * s, factor * q}; }
+    MomentsOf operator+(const MomentsOf& other) const { return {z + other.z, s + other.s, q + other.q}; }
+    D mean() const { return s / z; }
+    D variance() const { return q / z - mean() * mean(); }
+  };
+  using Moments = MomentsOf<double>;
+
+  // The extremes, and the moments of the distances to them. What the exponentials are relative to does not matter here.
+  template <class D>
+  struct EndsOf {
+    D maximum, minimum;
+    MomentsOf<D> upper, lower;
+
+    D soft_range() const { return (maximum - minimum) + (upper.mean() - lower.mean()); }
+    D variance() const { return upper.variance() + lower.variance(); }
   };
 
-  struct Row {
-    double maximum, minimum;
-    Moments upper, lower;  // distances to the maximum and to the minimum
-
+  // The exponentials are exp(|a|·distance) and exp(-|a|·distance).
+  struct Row : EndsOf<double> {
     static Row empty() {
       return {-std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity(), {}, {}};
     }
@@ -560,42 +581,59 @@ struct SoftMinMax {
     Value finalize(double parameter) const {
       const double remainder = std::exp(-parameter);
       if (is_empty()) return {remainder, -remainder};
-      const double soft_range = (maximum - minimum) + (upper.mean() - lower.mean());
       // A negative temperature makes the soft maximum the mean near the minimum, and the soft minimum that near the
       // maximum.
-      return {(parameter < 0 ? -soft_range : soft_range) + remainder, upper.variance() + lower.variance() - remainder};
+      return {(parameter < 0 ? -soft_range() : soft_range()) + remainder, variance() - remainder};
     }
   };
 
-  // The slope p·(1 + |a|·(w - s_max)) - q·(1 - |a|·(w - s_min)), negated for a negative a, in terms of t = |a|·(w -
-  // center): p_scale·exp(t)·(upper + t) - q_scale·exp(-t)·(lower - t).
-  struct SlopeConstants {
-    double p_scale, q_scale, upper, lower;
+  // The slope p·(1 + |a|·(w - s_max)) - q·(1 - |a|·(w - s_min)), negated for a negative a, in terms of the distances
+  // t = |a|·(w - top) and |a|·(w - bottom) to two points: p_scale·exp(t)·(upper + t) - q_scale·exp(-t)·(lower - t).
+  template <class D>
+  struct SlopeConstantsOf {
+    D p_scale, q_scale, upper, lower;
 
-    template <class T>
-    SlopeConstants(const Frame<T>& frame, const Row& row, double coefficient)
-        : p_scale(coefficient * std::exp(frame.temperature * (frame.center - frame.maximum)) / row.upper.z),
-          q_scale(coefficient * std::exp(-frame.temperature * (frame.center - frame.minimum)) / row.lower.z),
-          upper(1 + frame.temperature * (frame.center - frame.maximum - row.upper.mean())),
-          lower(1 - frame.temperature * (frame.center - frame.minimum - row.lower.mean())) {}
+    SlopeConstantsOf() {}
+    // Where the moments' exponentials are relative to these points.
+    SlopeConstantsOf(const EndsOf<D>& ends, D temperature, D top, D bottom, D coefficient)
+        : p_scale(coefficient / ends.upper.z),
+          q_scale(coefficient / ends.lower.z),
+          upper(1.0 + temperature * (top - ends.maximum - ends.upper.mean())),
+          lower(1.0 - temperature * (bottom - ends.minimum - ends.lower.mean())) {}
+    // Where they are relative to the extremes.
+    SlopeConstantsOf(const EndsOf<D>& ends, D temperature, D center, D coefficient)
+        : SlopeConstantsOf(ends, temperature, center, center, coefficient) {
+      p_scale = p_scale * exponential(temperature * (center - ends.maximum));
+      q_scale = q_scale * exponential(temperature * (ends.minimum - center));
+    }
+  };
+  using SlopeConstants = SlopeConstantsOf<double>;
+
+  // The coefficients of its series in x = (w - center) / reach. They are differences of nearly equal numbers as a goes
+  // to 0, so they are taken in float64.
+  template <class D, int kOrder>
+  struct SeriesOf {
+    D coefficients[kOrder + 1];
+
+    SeriesOf(const SlopeConstantsOf<D>& constants, D half) {
+      D p = constants.p_scale, q = constants.q_scale;  // times (±half)^k / k!
+      for (int k = 0; k <= kOrder; ++k) {
+        coefficients[k] = p * (constants.upper + double(k)) - q * (constants.lower + double(k));
+        p = p * half * (1.0 / (k + 1));
+        q = q * half * (-1.0 / (k + 1));
+      }
+    }
+    double operator[](int k) const { return coefficients[k]; }
   };
 
-  // Its series in x. The coefficients are differences of nearly equal numbers as a goes to 0, so they are taken in
-  // float64.
   template <class V, int kOrder>
   struct SeriesSlope {
     V center, inverse_reach, coefficients[kOrder + 1];
 
-    template <class T>
-    R2_INLINE SeriesSlope(const Frame<T>& frame, const Row& row, double coefficient)
+    template <class AnyFrame, class Series>
+    R2_INLINE SeriesSlope(const AnyFrame& frame, const Series& series)
         : center(broadcast<V>(frame.center)), inverse_reach(broadcast<V>(frame.inverse_reach)) {
-      const SlopeConstants constants(frame, row, coefficient);
-      double p = constants.p_scale, q = constants.q_scale;  // times (±half)^k / k!
-      for (int k = 0; k <= kOrder; ++k) {
-        coefficients[k] = broadcast<V>(p * (constants.upper + k) - q * (constants.lower + k));
-        p *= frame.half / (k + 1);
-        q *= -frame.half / (k + 1);
-      }
+      for (int k = 0; k <= kOrder; ++k) coefficients[k] = broadcast<V>(series[k]);
     }
 
     R2_INLINE V operator()(V w) const {
@@ -616,16 +654,14 @@ struct SoftMinMax {
   struct MiddleSlope {
     V center, temperature, p_scale, q_scale, upper, lower;
 
-    template <class T>
-    R2_INLINE MiddleSlope(const Frame<T>& frame, const Row& row, double coefficient) {
-      const SlopeConstants constants(frame, row, coefficient);
-      center = broadcast<V>(frame.center);
-      temperature = broadcast<V>(frame.temperature * kLog2E);
-      p_scale = broadcast<V>(constants.p_scale * kLn2);
-      q_scale = broadcast<V>(constants.q_scale * kLn2);
-      upper = broadcast<V>(constants.upper * kLog2E);
-      lower = broadcast<V>(constants.lower * kLog2E);
-    }
+    template <class AnyFrame, class Constants>
+    R2_INLINE MiddleSlope(const AnyFrame& frame, const Constants& constants)
+        : center(broadcast<V>(frame.center)),
+          temperature(broadcast<V>(frame.temperature * kLog2E)),
+          p_scale(broadcast<V>(constants.p_scale * kLn2)),
+          q_scale(broadcast<V>(constants.q_scale * kLn2)),
+          upper(broadcast<V>(constants.upper * kLog2E)),
+          lower(broadcast<V>(constants.lower * kLog2E)) {}
 
     R2_INLINE V operator()(V w) const {
       const V t = (w - center) * temperature;
@@ -638,15 +674,15 @@ struct SoftMinMax {
   struct LargeSlope {
     V temperature, maximum, minimum, p_scale, q_scale, upper, lower;
 
-    template <class T>
-    R2_INLINE LargeSlope(const Frame<T>& frame, const Row& row, double coefficient)
+    template <class AnyFrame, class Constants>
+    R2_INLINE LargeSlope(const AnyFrame& frame, const Constants& constants)
         : temperature(broadcast<V>(frame.temperature * kLog2E)),
           maximum(broadcast<V>(frame.maximum)),
           minimum(broadcast<V>(frame.minimum)),
-          p_scale(broadcast<V>(coefficient / row.upper.z * kLn2)),
-          q_scale(broadcast<V>(coefficient / row.lower.z * kLn2)),
-          upper(broadcast<V>((1 - frame.temperature * row.upper.mean()) * kLog2E)),
-          lower(broadcast<V>((1 + frame.temperature * row.lower.mean()) * kLog2E)) {}
+          p_scale(broadcast<V>(constants.p_scale * kLn2)),
+          q_scale(broadcast<V>(constants.q_scale * kLn2)),
+          upper(broadcast<V>(constants.upper * kLog2E)),
+          lower(broadcast<V>(constants.lower * kLog2E)) {}
 
     R2_INLINE V operator()(V w) const {
       const V above = bounded((w - maximum) * temperature), below = bounded((minimum - w) * temperature);
@@ -657,6 +693,23 @@ struct SoftMinMax {
     // Below -115 the power is 0, and 0 times an infinite distance must be 0.
     static R2_INLINE V bounded(V t) { return select(t < broadcast<V>(-120), broadcast<V>(-120), t); }
   };
+
+  // The moments of the distances to the center, from the sums of the powers of these distances over `reach`.
+  template <int kOrder, class D>
+  static void series_moments(D half, D reach, double count, const D* sums, MomentsOf<D>& up, MomentsOf<D>& down) {
+    const D zero = broadcast<D>(0);
+    up = down = {zero, zero, zero};
+    D weight = broadcast<D>(1);  // half^k / k!
+    for (int k = 0; k <= kOrder; ++k) {
+      const MomentsOf<D> term{k == 0 ? broadcast<D>(count) : sums[k - 1], k + 1 <= kOrder ? sums[k] : zero,
+                              k + 2 <= kOrder ? sums[k + 1] : zero};
+      up = up + term.scaled(weight);
+      down = down + term.scaled(k % 2 == 0 ? weight : -weight);
+      weight = weight * half * (1.0 / (k + 1));
+    }
+    up = {up.z, reach * up.s, reach * reach * up.q};
+    down = {down.z, reach * down.s, reach * reach * down.q};
+  }
 
   template <class Chunk>
   static Row reduce(const Chunk& chunk, double parameter) {
@@ -716,36 +769,31 @@ struct SoftMinMax {
 
   template <class T, class Chunk>
   static void apply_in(const Frame<T>& frame, const Chunk& chunk, const Row& row, double coefficient) {
+    const double a = frame.temperature;
+    if (frame.regime == Regime::kLarge) {
+      const SlopeConstants constants(row, a, row.maximum, row.minimum, coefficient);
+      return chunk.template apply<LargeSlope>(frame, constants);
+    }
+    const SlopeConstants constants(row, a, frame.center, coefficient);
     switch (frame.regime) {
       case Regime::kSeries4:
-        return chunk.template apply<SeriesSlope4>(frame, row, coefficient);
+        return chunk.template apply<SeriesSlope4>(frame, SeriesOf<double, 4>(constants, frame.half));
       case Regime::kSeries6:
-        return chunk.template apply<SeriesSlope6>(frame, row, coefficient);
+        return chunk.template apply<SeriesSlope6>(frame, SeriesOf<double, 6>(constants, frame.half));
       case Regime::kSeries10:
-        return chunk.template apply<SeriesSlope10>(frame, row, coefficient);
-      case Regime::kMiddle:
-        return chunk.template apply<MiddleSlope>(frame, row, coefficient);
+        return chunk.template apply<SeriesSlope10>(frame, SeriesOf<double, 10>(constants, frame.half));
       default:
-        return chunk.template apply<LargeSlope>(frame, row, coefficient);
+        return chunk.template apply<MiddleSlope>(frame, constants);
     }
   }
 
   // The moments of d = w - center are power series in ±half whose coefficients are the sums of powers.
   template <int kOrder, class T>
   static Row series_row(const Frame<T>& frame, int64_t count, const double* sums, double maximum, double minimum) {
-    Moments up{}, down{};
-    double weight = 1;  // half^k / k!
-    for (int k = 0; k <= kOrder; ++k) {
-      const Moments term{k == 0 ? static_cast<double>(count) : sums[k - 1], k + 1 <= kOrder ? sums[k] : 0,
-                         k + 2 <= kOrder ? sums[k + 1] : 0};
-      up = up + term.scaled(weight);
-      down = down + term.scaled(k % 2 == 0 ? weight : -weight);
-      weight *= frame.half / (k + 1);
-    }
-    const double reach = frame.reach;
-    const auto in_units = [=](const Moments& m) { return Moments{m.z, reach * m.s, reach * reach * m.q}; };
-    return {maximum, minimum, in_units(up).shifted(frame.center - maximum, frame.temperature),
-            in_units(down).shifted(frame.center - minimum, -frame.temperature)};
+    Moments up, down;
+    series_moments<kOrder>(frame.half, frame.reach, static_cast<double>(count), sums, up, down);
+    return {maximum, minimum, up.shifted(frame.center - maximum, frame.temperature),
+            down.shifted(frame.center - minimum, -frame.temperature)};
   }
   template <class T>
   static Row middle_row(const Frame<T>& frame, const double (&sums)[6]) {
