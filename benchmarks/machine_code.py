@@ -20,9 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from r2_kernels.backends.triton import operators
+from r2_kernels.backends.triton import operators, step_operators
 from r2_kernels.backends.triton.apply_kernel import apply_chunks
 from r2_kernels.backends.triton.reduce_kernels import finalize_rows, merge_chunks, reduce_chunks
+from r2_kernels.backends.triton.step_kernel import finish_tensors, step_chunks
+from r2_kernels.backends.triton.step_operators import Variant
+from r2_kernels.backends.triton.step_table import Dtypes
 from r2_kernels.penalties import CHUNK_SIZE, PENALTIES
 
 TARGETS = {
@@ -33,6 +36,18 @@ TARGETS = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STREAMING = ("reduce", "apply", "apply_")
+STEPS = {
+    "adamw": Variant("adamw", 2),
+    "adamw, stochastic": Variant("adamw", 2, is_stochastic=True),
+    "sgd, momentum": Variant("sgd", 1),
+}
+# Of the weights, the gradients, the states and the counts of steps.
+STEP_DTYPES = {
+    "float32": Dtypes(torch.float32, torch.float32, torch.float32, torch.float32),
+    "float32, bfloat16 gradients": Dtypes(torch.float32, torch.bfloat16, torch.float32, torch.float32),
+    "bfloat16, float32 states": Dtypes(torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
+    "bfloat16": Dtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
+}
 KERNELS = (*STREAMING, "merge", "finalize")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -68,6 +83,37 @@ def source(kernel: str, penalty: str, dtype: torch.dtype, is_amd: bool = False) 
         function, constants = apply_chunks, operators.apply_constants(penalty, dtype, kernel == "apply_", is_amd)
         arguments = {"chunks": "*i32", "segments": "*i64", "destinations": "*i64", **parameters}
         arguments |= {"coefficients": "*fp32", "coefficient_stride": 1, "statistics": "*fp64", "maxima": maxima}
+    return _source(function, arguments, constants)
+
+
+def step_source(kernel: str, penalty: str | None, dtypes: Dtypes, variant: Variant, is_amd: bool = False) -> Source:
+    """What the backend launches for a step, ``step`` or ``finish``, with everything that may be given."""
+    sums = "*fp64" if dtypes.weight is torch.float64 else "*fp32"
+    has_parameter = penalty is not None and PENALTIES[penalty].parameter is not None
+    own = "*fp32" if has_parameter else None
+    maxima = "*fp64" if penalty is not None and PENALTIES[penalty].is_sparse else None
+    is_watched = penalty is not None
+    counts = "*i64" if variant.rule == "adamw" else None
+    gathered = {"sums": sums if is_watched else None, "all_chunks": "i32"}
+    statistics = {"statistics": "*fp64" if is_watched else None}
+    arguments: dict[str, Any]
+    if kernel == "finish":
+        arguments = {"rows": "*i32", "counts": counts, "found_inf": "*fp32", "watched": "i32", "segments": "*i64"}
+        arguments |= {"parameters": own, "parameter_stride": 1, **gathered, **statistics}
+        arguments |= {"values": gathered["sums"], "maxima": maxima}
+        return _source(finish_tensors, arguments, step_operators.finish_constants(penalty, dtypes))
+    arguments = {"chunks": "*i32", "segments": "*i64", "gradients": "*i64", "states": "*i64", "counts": counts}
+    arguments |= {"started": "*i8" if variant.rule == "sgd" else None, "lr": "*fp64"}
+    arguments |= dict.fromkeys(("grad_scale", "found_inf", "clip_coefficient"), "*fp32")
+    arguments |= dict.fromkeys((f"setting{index}" for index in range(6)), "fp64")
+    arguments |= {"rounding_seed": "i64", "watched": "i32", "parameters": own, "parameter_stride": 1}
+    arguments |= {"next_parameters": own, "next_parameter_stride": 1}
+    arguments |= {"coefficients": "*fp32" if is_watched else None, "coefficient_stride": 1}
+    arguments |= {**statistics, "maxima": maxima, **gathered}
+    return _source(step_chunks, arguments, step_operators.step_constants(penalty, dtypes, variant, is_amd))
+
+
+def _source(function: Any, arguments: dict[str, Any], constants: dict[str, Any]) -> Source:
     options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
     fixed = {name: value for name, value in constants.items() if name not in options}
     fixed |= {name: value for name, value in arguments.items() if not isinstance(value, str)}
@@ -78,9 +124,13 @@ def source(kernel: str, penalty: str, dtype: torch.dtype, is_amd: bool = False) 
 
 def compile_kernel(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> Any:
     """The compiled kernel; its ``asm`` holds every stage, ``metadata`` what was chosen. Triton caches it on disk."""
-    gpu = TARGETS[target]
-    function, signature, constants, options = source(kernel, penalty, dtype, gpu.backend == "hip")
-    return triton.compile(ASTSource(function, signature, constants), target=gpu, options=options)
+    return compile_source(source(kernel, penalty, dtype, TARGETS[target].backend == "hip"), target)
+
+
+def compile_source(given: Source, target: str) -> Any:
+    """The same, of any source."""
+    function, signature, constants, options = given
+    return triton.compile(ASTSource(function, signature, constants), target=TARGETS[target], options=options)
 
 
 @dataclass(frozen=True)
@@ -130,8 +180,23 @@ def read(compiled: Any, kernel: str, penalty: str, dtype: torch.dtype) -> Machin
     """The machine code of ``reduce``, ``apply`` or ``apply_``."""
     # How often an entry is loaded, and how often by one loop: a reduction with extremes looks twice, in two loops, and
     # the loop that adds to gradients loads these too.
-    loops = 2 if kernel == "reduce" and operators.EXTREMES[penalty] else 1
-    streams = 2 if kernel == "apply_" else 1
+    looks = (2 if operators.EXTREMES[penalty] else 1) if kernel == "reduce" else 0
+    streams = {"reduce": 0, "apply": 1, "apply_": 2}[kernel]
+    return _read(compiled, dtype, streams, looks)
+
+
+def read_step(compiled: Any, penalty: str | None, dtypes: Dtypes, variant: Variant) -> MachineCode:
+    """The machine code of a step."""
+    # Arrays of narrower entries than the weight's are loaded by less than 16 bytes at a time, those of wider by more.
+    arrays = [dtypes.weight, dtypes.gradient, *[dtypes.state] * variant.states]
+    streams = sum(dtype.itemsize // dtypes.weight.itemsize for dtype in arrays)
+    looks = 1 if penalty is not None and operators.EXTREMES[penalty] else 0
+    return _read(compiled, dtypes.weight, streams, looks)
+
+
+def _read(compiled: Any, dtype: torch.dtype, streams: int, looks: int) -> MachineCode:
+    """``streams`` is how many vectors a loop that stores loads for one of the weight's, ``looks`` how often loops that
+    only look load the weight."""
     is_amd = "amdgcn" in compiled.asm
     threads = (64 if is_amd else 32) * compiled.metadata.num_warps
     elements = CHUNK_SIZE // threads
@@ -144,10 +209,8 @@ def read(compiled: Any, kernel: str, penalty: str, dtype: torch.dtype) -> Machin
         spills=sum(opcode.startswith(("LDL", "STL", "scratch_")) for opcode in opcodes),
         threads=threads,
         vector_loads=sum(_is_vector_load(opcode) for opcode in opcodes),
-        vector_stores=sum(
-            re.match("STG.E.128|(global|buffer)_store_dwordx4", opcode) is not None for opcode in opcodes
-        ),
-        paths=tuple(_paths(blocks, loads * streams, loops, elements)),
+        vector_stores=sum(map(_is_vector_store, opcodes)),
+        paths=tuple(_paths(blocks, loads, streams, looks, elements)),
     )
 
 
@@ -182,7 +245,8 @@ def _nvidia_lines(text: str) -> Iterator[_Line]:
         if not instruction:
             continue
         predicate, opcode, operands = instruction.groups()
-        if opcode.startswith("BRA"):
+        # For sm_80, a loop may be left by a call that does not return, of a label and not of a function.
+        if opcode.startswith("BRA") or (opcode.startswith("CALL") and ".L_x_" in operands):
             target = re.search(r"\((\.L_x_\d+)\)", operands)
             assert target is not None, line
             is_conditional = predicate is not None or re.match(r"\s*!?U?P\d", operands) is not None
@@ -226,6 +290,10 @@ def _run(tool: str, *arguments: str) -> str:
 
 def _is_vector_load(opcode: str) -> bool:
     return re.match(r"LDG\.E.*\.128|(global|buffer)_load_dwordx4", opcode) is not None
+
+
+def _is_vector_store(opcode: str) -> bool:
+    return re.match(r"STG\.E\.128|(global|buffer)_store_dwordx4", opcode) is not None
 
 
 @dataclass
@@ -282,16 +350,17 @@ def _cost(block: _Block) -> _Cost:
     )
 
 
-def _paths(blocks: list[_Block], loads: int, loops: int, elements: int) -> Iterator[Path16]:
+def _paths(blocks: list[_Block], loads: int, streams: int, looks: int, elements: int) -> Iterator[Path16]:
     """The costliest way from entry to exit for each number of exponentials, of those that load every entry by vectors.
 
-    A loop that loads k vectors an iteration runs ``loads`` / k times, for a chunk; there are ``loops`` of these, or
-    straight code in their place. Paths with others belong to chunks that are not aligned or not full.
+    For a chunk of so many ``loads`` of the weight, a loop that loads k vectors an iteration runs ``loads`` / k times if
+    it only looks, ``streams`` times that if it stores. There are ``looks`` and one of these, or straight code in their
+    place. Paths with others belong to chunks that are not aligned or not full.
     """
     loop_of = _innermost_loops(blocks)
     # Of a reduction that looks twice, the first look comes first: a path around it is that of another chunk, even where
     # it goes through two of the loops that are there for the second, which exclude each other.
-    first_look = next((index for index, block in enumerate(blocks) if _cost(block).loads), 0) if loops == 2 else 0
+    first_look = next((index for index, block in enumerate(blocks) if _cost(block).loads), 0) if looks == 2 else 0
     best: dict[int, dict[tuple[int, int], _Cost]] = {}
     totals: dict[tuple[int, int], _Cost] = {}
     for index, block in enumerate(blocks):  # Jumps go forward, but for those that close a loop.
@@ -299,7 +368,7 @@ def _paths(blocks: list[_Block], loads: int, loops: int, elements: int) -> Itera
         if index == 0:
             arriving[(0, 0)] = _Cost(0, 0, 0, 0)
         body = loop_of.get(index)
-        cost = _cost(block) if body is None else _loop_cost(blocks, body, index, loads)
+        cost = _cost(block) if body is None else _loop_cost(blocks, body, index, loads, streams)
         leaving: dict[tuple[int, int], _Cost] = {}
         for before in arriving.values():
             _keep_costliest(leaving, before + cost)
@@ -313,7 +382,7 @@ def _paths(blocks: list[_Block], loads: int, loops: int, elements: int) -> Itera
             for after in leaving.values():
                 _keep_costliest(totals, after)
     for (path_loads, exponentials), cost in sorted(totals.items(), key=lambda item: item[0][1]):
-        if path_loads == loads * loops:
+        if path_loads == loads * (streams + looks):
             yield Path16(cost.instructions, exponentials, cost.shuffles, elements)
 
 
@@ -341,8 +410,10 @@ def _loop_exits(blocks: list[_Block], body: set[int]) -> list[int]:
     return sorted({s for index in body for s in blocks[index].successors if s not in body})
 
 
-def _loop_cost(blocks: list[_Block], body: set[int], head: int, loads: int) -> _Cost:
+def _loop_cost(blocks: list[_Block], body: set[int], head: int, loads: int, streams: int) -> _Cost:
     """The costliest iteration, as often as it takes to load a chunk."""
+    if any(map(_is_vector_store, _joined(blocks, body).opcodes)):
+        loads *= streams
     best: dict[int, dict[tuple[int, int], _Cost]] = {head: {(0, 0): _Cost(0, 0, 0, 0)}}
     iteration = _Cost(0, 0, 0, 0)
     for index in sorted(body):

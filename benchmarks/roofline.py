@@ -8,6 +8,7 @@ kernel. ``docs/roofline.md`` explains the arithmetic and shows the tables.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -17,7 +18,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine_code import STREAMING, MachineCode, compile_kernel, read
+from benchmarks.machine_code import (
+    STEP_DTYPES,
+    STEPS,
+    STREAMING,
+    MachineCode,
+    Path16,
+    compile_kernel,
+    compile_source,
+    read,
+    read_step,
+    step_source,
+)
 from r2_kernels.backends.triton.operators import EXTREMES
 from r2_kernels.backends.triton.penalties import sums_per_chunk
 from r2_kernels.penalties import CHUNK_SIZE, PENALTIES
@@ -116,6 +128,58 @@ def _code(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> Machine
     return read(compile_kernel(kernel, penalty, dtype, target), kernel, penalty, dtype)
 
 
+@cache
+def _step_code(step: str, penalty: str | None, dtypes: str, target: str) -> MachineCode:
+    arguments = (penalty, STEP_DTYPES[dtypes], STEPS[step])
+    return read_step(compile_source(step_source("step", *arguments), target), *arguments)
+
+
+def predict_step(gpu: Gpu, step: str, penalty: str | None, dtypes: str) -> Iterator[Prediction]:
+    """The same for an optimizer's step, the penalty's slope and the new statistics included."""
+    weight, gradient, state, _ = STEP_DTYPES[dtypes]
+    if STEPS[step].is_stochastic and weight is not torch.bfloat16:
+        return  # There is nothing to round.
+    code = _step_code(step, penalty, dtypes, gpu.target)
+    states = STEPS[step].states
+    sums = 0 if penalty is None else 2 * 4 * sums_per_chunk(penalty, False)
+    per_chunk = 8 + 24 + 8 * (2 + states) + sums
+    memory_bytes = 2 * weight.itemsize + gradient.itemsize + 2 * states * state.itemsize + per_chunk / CHUNK_SIZE
+    looks = 1 if penalty is not None and EXTREMES[penalty] else 0
+    by_exponentials = {round(path.exponentials_per_element): path for path in code.paths}
+    for exponentials, path in by_exponentials.items():
+        # The second look at the new weights is taken to go to the L2 cache, always.
+        l2_bytes = memory_bytes + looks * weight.itemsize
+        yield _prediction(gpu, step, str(penalty), dtypes, exponentials, path, memory_bytes, l2_bytes)
+
+
+def _prediction(
+    gpu: Gpu,
+    kernel: str,
+    penalty: str,
+    dtype: str,
+    exponentials: float,
+    path: Path16,
+    memory_bytes: float,
+    l2_bytes: float,
+) -> Prediction:
+    per_second = gpu.processors * gpu.clock
+    # Of a unit that exponentials share, each takes as many turns as they are slower, one of which is counted.
+    turns = 0 if gpu.has_special_unit else gpu.lanes / gpu.special_lanes - 1
+    return Prediction(
+        gpu.name,
+        kernel,
+        penalty,
+        dtype,
+        exponentials,
+        path.per_element,
+        memory_bytes / gpu.memory,
+        (path.per_element + turns * path.exponentials_per_element) / (gpu.lanes * per_second),
+        path.exponentials_per_element / (gpu.special_lanes * per_second),
+        path.shuffles_per_element / (gpu.shuffle_lanes * per_second),
+        l2_bytes / gpu.l2,
+    )
+
+
 def predict(gpu: Gpu, kernel: str, penalty: str, dtype: torch.dtype) -> Iterator[Prediction]:
     """One prediction per path that a full, aligned chunk may take: soft-min-max has cheap and costly temperatures."""
     code = _code(kernel, penalty, dtype, gpu.target)
@@ -126,24 +190,10 @@ def predict(gpu: Gpu, kernel: str, penalty: str, dtype: torch.dtype) -> Iterator
     looks = 2 if kernel == "reduce" and EXTREMES[penalty] else 1
     resident = code.occupancy * 2048 / code.threads * CHUNK_SIZE * dtype.itemsize
     l2_bytes = memory_bytes + (looks - 1) * dtype.itemsize * max(0.0, 1 - gpu.l1 / resident)
-    per_second = gpu.processors * gpu.clock
-    # Of a unit that exponentials share, each takes as many turns as they are slower, one of which is counted.
-    turns = 0 if gpu.has_special_unit else gpu.lanes / gpu.special_lanes - 1
+    name = str(dtype).removeprefix("torch.")
     by_exponentials = {round(path.exponentials_per_element): path for path in code.paths}
     for exponentials, path in by_exponentials.items():
-        yield Prediction(
-            gpu.name,
-            kernel,
-            penalty,
-            str(dtype).removeprefix("torch."),
-            exponentials,
-            path.per_element,
-            memory_bytes / gpu.memory,
-            (path.per_element + turns * path.exponentials_per_element) / (gpu.lanes * per_second),
-            path.exponentials_per_element / (gpu.special_lanes * per_second),
-            path.shuffles_per_element / (gpu.shuffle_lanes * per_second),
-            l2_bytes / gpu.l2,
-        )
+        yield _prediction(gpu, kernel, penalty, name, exponentials, path, memory_bytes, l2_bytes)
 
 
 def as_table(rows: list[Prediction]) -> str:
@@ -183,16 +233,15 @@ def main() -> None:
     parser.add_argument(
         "--models", action="store_true", help="times of whole models, instead of shares of each resource"
     )
+    parser.add_argument("--steps", action="store_true", help="the optimizers' steps, instead of the penalties' kernels")
     parser.add_argument("--output", type=Path, help="write the predictions there as JSON, too")
     arguments = parser.parse_args()
-    rows = [
-        row
-        for name in arguments.gpu or GPUS
-        for kernel in STREAMING
-        for penalty in PENALTIES
-        for dtype in DTYPES
-        for row in predict(GPUS[name], kernel, penalty, dtype)
-    ]
+    gpus = [GPUS[name] for name in arguments.gpu or GPUS]
+    if arguments.steps:
+        cases = itertools.product(gpus, STEPS, (None, *PENALTIES), STEP_DTYPES)
+        rows = [row for case in cases for row in predict_step(*case)]
+    else:
+        rows = [row for case in itertools.product(gpus, STREAMING, PENALTIES, DTYPES) for row in predict(*case)]
     print("Predicted from compiled code, measured on nothing.\n")
     print(model_table(rows) if arguments.models else as_table(rows))
     if arguments.output is not None:

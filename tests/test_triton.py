@@ -141,6 +141,7 @@ def arguments(operator: str, penalty: str, weights: list[Tensor]) -> dict[str, A
         "coefficients": torch.ones(len(weights), device=DEVICE),
         "gradients": [torch.zeros_like(weight) for weight in weights],
         "dtype": values.dtype,
+        "group_size": 0,
     }
     taken = inspect.signature(getattr(operators, operator)).parameters
     return {name: named[name] for name in taken}

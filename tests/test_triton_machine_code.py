@@ -12,7 +12,19 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from benchmarks.machine_code import DTYPES, KERNELS, STREAMING, MachineCode, compile_kernel, read
+from benchmarks.machine_code import (
+    DTYPES,
+    KERNELS,
+    STEP_DTYPES,
+    STEPS,
+    STREAMING,
+    MachineCode,
+    compile_kernel,
+    compile_source,
+    read,
+    read_step,
+    step_source,
+)
 from r2_kernels.penalties import PENALTIES
 
 # Instructions a thread executes per element of a full, aligned chunk, its share of what a chunk costs once included, in
@@ -28,6 +40,18 @@ BUDGETS = {
     ("apply_", "margin"): 13.5,
     ("apply_", "soft_min_max"): 36.0,
 }
+# The same of an optimizer's step, the slope and the new statistics included.
+STEP_BUDGETS = {
+    ("adamw", None): 43.0,
+    ("adamw", "linf"): 58.0,
+    ("adamw", "margin"): 58.0,
+    ("adamw", "soft_min_max"): 111.0,
+    ("sgd, momentum", None): 16.5,
+    ("sgd, momentum", "linf"): 31.0,
+    ("sgd, momentum", "margin"): 31.5,
+    ("sgd, momentum", "soft_min_max"): 86.0,
+}
+STOCHASTIC_ROUNDING = 38.0  # on top, of a weight and two states
 
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -87,3 +111,45 @@ def test_amd(kernel: str, penalty: str, dtype: torch.dtype) -> None:
         assert (code.spills, code.local) == (0, 0)
         assert code.occupancy >= 0.5, f"{code.registers} registers a thread"
         assert code.paths, "no path loads every entry of an aligned chunk 16 bytes at a time"
+
+
+STEP_CASES = [
+    *((step, dtypes, "sm_90") for step in STEPS for dtypes in STEP_DTYPES if step != "adamw, stochastic"),
+    ("adamw, stochastic", "bfloat16", "sm_90"),
+    *(("adamw", dtypes, target) for dtypes in ("float32", "bfloat16") for target in ("sm_80", "sm_100")),
+]
+# One or two addresses, once a chunk: no loop over whole chunks reads them.
+STEP_SPILLS = {("margin", "float32", "sm_100"): 2, ("margin", "bfloat16", "sm_90"): 4}
+
+
+@pytest.mark.parametrize("penalty", [None, *PENALTIES])
+@pytest.mark.parametrize(("step", "dtypes", "target"), STEP_CASES)
+def test_machine_code_of_steps(step: str, dtypes: str, target: str, penalty: str | None) -> None:
+    arguments = (penalty, STEP_DTYPES[dtypes], STEPS[step])
+    code = read_step(compile_source(step_source("step", *arguments), target), *arguments)
+    assert code.spills <= STEP_SPILLS.get((penalty, dtypes, target), 0), "registers are spilled"
+    assert code.local == 0
+    assert code.occupancy >= (0.5 if STEP_DTYPES[dtypes].weight is torch.float32 else 0.375)
+    assert code.vector_loads > 0
+    assert code.vector_stores > 0
+    assert code.paths, "no path loads every entry of aligned arrays 16 bytes at a time"
+    rule, *rounding = step.split(", stochastic")
+    budget = STEP_BUDGETS[rule, penalty] + (STOCHASTIC_ROUNDING if rounding else 0)
+    assert max(path.per_element for path in code.paths) <= budget
+
+
+@pytest.mark.parametrize("penalty", [None, *PENALTIES])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_steps_are_finished(target: str, penalty: str | None) -> None:
+    source = step_source("finish", penalty, STEP_DTYPES["float32"], STEPS["adamw"])
+    assert compile_source(source, target).asm["hsaco" if target == "gfx942" else "cubin"]
+
+
+@pytest.mark.parametrize("penalty", [None, *PENALTIES])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
+def test_steps_on_amd(dtypes: str, penalty: str | None) -> None:
+    source = step_source("step", penalty, STEP_DTYPES[dtypes], STEPS["adamw"], is_amd=True)
+    text = compile_source(source, "gfx942").asm["amdgcn"]
+    assert re.search("(global|buffer)_load_dwordx4", text)
+    assert re.search("(global|buffer)_store_dwordx4", text)
+    assert ".vgpr_spill_count: 0" in text
