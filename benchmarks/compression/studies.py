@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from benchmarks.compression.adaround import AdaptiveRounding
 from benchmarks.compression.cells import Compression
 from benchmarks.compression.dkm import Palettization
 from benchmarks.compression.ptq import PostTrainingQuantization as PTQ
@@ -58,6 +59,16 @@ def _grid() -> tuple[Compression, ...]:
     )
 
 
+def _learned_roundings() -> tuple[Compression, ...]:
+    """The same weights with learned rounding, at the bits where it matters."""
+    return tuple(
+        AdaptiveRounding(bits, scheme, is_per_channel)
+        for is_per_channel in (False, True)
+        for scheme in SCHEMES
+        for bits in (4, 3, 2)
+    )
+
+
 def _text_grid() -> tuple[Compression, ...]:
     """The same for networks without batch normalization, as it does not work at 2 bits for them: weights only."""
     return tuple(
@@ -81,11 +92,12 @@ def _quick() -> Study:
     training = Training(epochs=40)
     fine_tuning = Training(epochs=10, optimizer="adamw", learning_rate=3e-3, weight_decay=1e-4)
     few = {penalty: CANDIDATES[penalty][:2] for penalty in PENALTIES}
+    learned = tuple(AdaptiveRounding(2, scheme, steps=200, learning_rate=0.05) for scheme in SCHEMES)
     ewgs, palettes = _qat(fine_tuning, (2,)), (Palettization(1, replace(fine_tuning, epochs=5)),)
     return Study(
         "quick",
         (
-            Part("digits", "MobileNetV2", 1.0, training, CANDIDATES, _grid(), CLAIMED_PTQ),
+            Part("digits", "MobileNetV2", 1.0, training, CANDIDATES, (*_grid(), *learned), CLAIMED_PTQ),
             Part("digits", "MobileNetV1", 1.0, training, few, ewgs, ewgs[:1]),
             Part("digits", "ResNet-18", 0.125, training, few, palettes, palettes),
         ),
@@ -113,7 +125,7 @@ def _images(
     candidates = CANDIDATES if is_whole else {penalty: CANDIDATES[penalty][:2] for penalty in PENALTIES}
     claimed_ewgs = QuantizationAwareTraining(2, EWGS_DELTA, fine_tuning, BOUNDS_LEARNING_RATE)
     networks = (
-        ("MobileNetV2", candidates, _grid(), CLAIMED_PTQ),
+        ("MobileNetV2", candidates, (*_grid(), *(_learned_roundings() if is_whole else ())), CLAIMED_PTQ),
         ("MobileNetV1", candidates, ewgs, (claimed_ewgs,)),
         ("ResNet-18", candidates, palettes, (Palettization(1, fine_tuning),)),
     )
