@@ -195,9 +195,12 @@ class RangeRegularizer(nn.Module):
         """The watched weights as they are now."""
         return [layer.weight() for layer in self._layers]
 
-    def own_parameter(self) -> nn.Parameter | None:
-        """M or the temperature, shape (segments,) or (layers,), or None where the penalty has neither."""
-        return None if self._rule.parameter is None else self.get_parameter(self._rule.parameter)
+    def own_parameter(self) -> Tensor | None:
+        """M or the temperature, shape (segments,) or (layers,), or None where the penalty has neither.
+
+        A parameter, or under ``torch.func.functional_call`` the tensor that takes its place.
+        """
+        return None if self._rule.parameter is None else getattr(self, self._rule.parameter)
 
     def forward(self, *, check_finite: bool = False) -> Tensor:
         """The loss to add to the task's: sum of strength · penalty over the segments, a differentiable scalar.
@@ -323,7 +326,7 @@ class RangeRegularizer(nn.Module):
         if self._rule.parameter is None:
             return functional.linf(weights, granularity=self.granularity)
         penalty = getattr(functional, self.penalty)
-        return penalty(weights, self.get_parameter(self._rule.parameter), granularity=self.granularity)
+        return penalty(weights, self.own_parameter(), granularity=self.granularity)
 
     def _in_segments(self, per_layer: Tensor) -> Tensor:
         """A tensor with one entry per layer, spread to one per segment."""
@@ -350,7 +353,7 @@ class RangeRegularizer(nn.Module):
             part.add_to(values, part.finalize()[0])
         return values
 
-    def _parameter(self, weights: Sequence[Tensor]) -> tuple[nn.Parameter | None, Tensor | None]:
+    def _parameter(self, weights: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """M or the temperature, and the same as the operators take it."""
         parameter = self.own_parameter()
         if parameter is None:

@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: too much work for interpreted kernels, which skip it")
+    config.addinivalue_line("markers", "slow: takes minutes or many gigabytes; run by `pytest -m slow` alone")
 
 
 def _chosen(config: pytest.Config) -> list[str]:
