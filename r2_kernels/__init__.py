@@ -4,10 +4,12 @@ from r2_kernels import optim, reference
 from r2_kernels.backends import use_backend
 from r2_kernels.functional import linf, margin, soft_min_max
 from r2_kernels.granularity import segment_counts
+from r2_kernels.quantizers import ewgs
 from r2_kernels.regularizer import RangeRegularizer
 
 __all__ = [
     "RangeRegularizer",
+    "ewgs",
     "linf",
     "margin",
     "optim",

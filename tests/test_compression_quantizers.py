@@ -1,4 +1,4 @@
-"""The study's quantizers against values computed by hand, and EWGS's backward against its formula."""
+"""The study's quantizers against values computed by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from benchmarks.compression.batch_norm import reestimate_
 from benchmarks.compression.dataset import Dataset
 from benchmarks.compression.digits import digits
 from benchmarks.compression.dkm import Palettization
-from benchmarks.compression.ewgs import ewgs
 from benchmarks.compression.mobilenet_v1 import small_mobilenet
 from benchmarks.compression.ptq import PostTrainingQuantization
 from benchmarks.compression.qat import QuantizationAwareTraining, quantize_layers_, start_bounds_
@@ -80,33 +79,6 @@ def test_batch_normalization_sees_the_new_statistics() -> None:
     torch.testing.assert_close(model[1].running_var[0], variances.mean())
     assert not model[1].training
     assert model[1].momentum == 0.1
-
-
-def test_ewgs_rounds_to_levels_between_the_bounds() -> None:
-    values = torch.tensor([-3.0, -1.0, -0.2, 0.4, 0.9, 7.0])
-    levels = ewgs(values, torch.tensor(-1.0), torch.tensor(1.0), 3, 0.1)
-    assert torch.equal(levels, torch.tensor([0.0, 0.0, 0.5, 0.5, 1.0, 1.0]))
-
-
-@pytest.mark.parametrize("delta", [0.0, 0.2])
-def test_ewgs_backward_is_the_formula(delta: float) -> None:
-    """g (1 + delta sign(g) (x - x_q)) for the normalized x, then the chain rule through clipping and bounds."""
-    values = (2 * torch.randn(200, dtype=torch.float64)).requires_grad_()
-    lower = torch.tensor(-1.5, dtype=torch.float64, requires_grad=True)
-    upper = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(200, dtype=torch.float64)
-    ewgs(values, lower, upper, 4, delta).backward(upstream)
-
-    width = (upper - lower).detach()
-    normalized = (values.detach() - lower.detach()) / width
-    is_inside = (normalized >= 0) & (normalized <= 1)
-    clipped = normalized.clamp(0, 1)
-    error = clipped - (3 * clipped).round() / 3
-    scaled = upstream * (1 + delta * upstream.sign() * error) * is_inside
-    torch.testing.assert_close(values.grad, scaled / width)
-    torch.testing.assert_close(lower.grad, (scaled * (normalized - 1) / width).sum())
-    torch.testing.assert_close(upper.grad, (-scaled * normalized / width).sum())
-    assert error.abs().max() > 0.1
 
 
 def test_a_quantized_layer_starts_at_three_deviations() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from r2_kernels.granularity import PER_TENSOR, blocks, counts_of
 from r2_kernels.penalties import CHUNK_SIZE, Penalty, by_name
-from r2_kernels.validation import value_dtype
+from r2_kernels.validation import is_dense, value_dtype
 
 DEVICE_TYPES: tuple[str, ...] = ()  # any
 
@@ -291,3 +291,36 @@ def _chunk_maxima(rule: Penalty, weights: Sequence[Tensor], group_size: int) -> 
     flat = [weight.detach().reshape(-1).to(torch.float64) for weight in weights if are_kept]
     maxima = [chunk.abs().amax() for weight in flat for chunk in weight.split(CHUNK_SIZE) if len(chunk)]
     return torch.stack(maxima) if maxima else torch.empty(0, dtype=torch.float64, device=weights[0].device)
+
+
+def ewgs_forward(values: Tensor, ends: Tensor, levels: int) -> Tensor:
+    _, level = _clipped_and_rounded(values, ends, levels)
+    _, _, first, last = ends.to(torch.float64)
+    return _as_stored(first + level * (last - first), values)
+
+
+def ewgs_backward(values: Tensor, ends: Tensor, gradient: Tensor, levels: int, delta: float) -> tuple[Tensor, Tensor]:
+    x, level = _clipped_and_rounded(values, ends, levels)
+    lower, upper, first, last = ends.to(torch.float64)
+    given = gradient.to(torch.float64)
+    g = given * (last - first)
+    scaled = g * (1 + delta * g.sign() * (x - level))
+    least, most = torch.minimum(lower, upper), torch.maximum(lower, upper)
+    wide = values.detach().to(torch.float64)
+    passed = torch.where((wide >= least) & (wide <= most) & (lower != upper), scaled, 0)
+    of_bounds = (passed * (x - 1)).nansum() / (upper - lower), -(passed * x).nansum() / (upper - lower)
+    of_outputs = (given * (1 - level)).sum(), (given * level).sum()
+    return _as_stored(passed / (upper - lower), values), torch.stack([*of_bounds, *of_outputs])
+
+
+def _clipped_and_rounded(values: Tensor, ends: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The values on [0, 1] between the bounds, and the nearest levels there."""
+    lower, upper, _, _ = ends.to(torch.float64)
+    x = ((values.detach().to(torch.float64) - lower) / (upper - lower)).clamp(0, 1)
+    return x, (x * (levels - 1)).round() / (levels - 1)
+
+
+def _as_stored(exact: Tensor, values: Tensor) -> Tensor:
+    """In the values' dtype and, where they are dense, layout."""
+    stored = torch.empty_like(values) if is_dense(values) else values.new_empty(values.shape)
+    return stored.copy_(exact)

@@ -2,9 +2,9 @@
 
 ``chunk_table.py`` cuts a list of tensors into chunks, ``reduce_kernels.py`` and ``apply_kernel.py`` are the skeletons
 over these, ``penalties.py`` what they compute, ``operators.py`` launches them. An optimizer's step is one more
-skeleton, ``step_kernel.py``, with ``update_rules.py``, ``step_table.py`` and ``step_operators.py``. With
-``TRITON_INTERPRET=1``, set before triton is imported, the same kernels are interpreted on tensors of the CPU: slowly,
-for tests.
+skeleton, ``step_kernel.py``, with ``update_rules.py``, ``step_table.py`` and ``step_operators.py``. The quantizer is
+``ewgs_kernels.py`` and ``ewgs_operators.py``. With ``TRITON_INTERPRET=1``, set before triton is imported, the same
+kernels are interpreted on tensors of the CPU: slowly, for tests.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ except ImportError:
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
 if triton is not None:
+    from r2_kernels.backends.triton.ewgs_operators import ewgs_backward, ewgs_forward
     from r2_kernels.backends.triton.operators import apply, apply_, finalize, reduce, reduce_apply_
     from r2_kernels.backends.triton.step_operators import adamw_step_, sgd_step_
 
@@ -29,6 +30,8 @@ if triton is not None:
         "adamw_step_",
         "apply",
         "apply_",
+        "ewgs_backward",
+        "ewgs_forward",
         "finalize",
         "reduce",
         "reduce_apply_",
