@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from r2_kernels import ops
+from r2_kernels.penalties import PENALTIES
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{number}")
@@ -22,3 +25,11 @@ def test_code_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_there_is_code_to_run() -> None:
     assert BLOCKS
+
+
+def test_the_contract_is_that_of_the_operators() -> None:
+    page = (ROOT / "docs" / "backend.md").read_text()
+    documented = dict(re.findall(r"^(\w+)(\(.*\) -> .*)$", page, re.MULTILINE))
+    assert documented == ops.SCHEMAS
+    rows = dict(re.findall(r"^\| `(\w+)` \| (`\w+`(?:, `\w+`)*) \|$", page, re.MULTILINE))
+    assert rows == {name: ", ".join(f"`{field}`" for field in rule.statistics) for name, rule in PENALTIES.items()}
