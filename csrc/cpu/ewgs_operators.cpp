@@ -3,6 +3,7 @@
 
 #include "arguments.h"
 #include "ewgs_kernels.h"
+#include "huge_pages.h"
 #include "schedule.h"
 
 namespace r2 {
@@ -28,6 +29,12 @@ Tensor in_order_of(const Tensor& tensor, const Tensor& like) {
 
 Tensor dense(const Tensor& tensor) { return is_dense(tensor) ? tensor : torch::stable::contiguous(tensor); }
 
+Tensor new_like(const Tensor& values, int64_t entry_bytes) {
+  Tensor tensor = torch::stable::empty_like(values);
+  ask_for_huge_pages(tensor.mutable_data_ptr(), values.numel() * entry_bytes);
+  return tensor;
+}
+
 // Calls work(chunk's number, its first entry, its size) for all chunks.
 template <class Work>
 void run_chunks(int64_t size, const Work& work) {
@@ -42,7 +49,7 @@ Tensor ewgs_forward(Tensor given, Tensor ends_tensor, int64_t levels) {
   const EwgsEnds ends = read_ends(ends_tensor);
   check_levels(levels);
   const Tensor values = dense(given);
-  Tensor outputs = torch::stable::empty_like(values);
+  Tensor outputs = new_like(values, bytes_of(storage));
   const EwgsKernels& kernels = ewgs_table().kernels[storage];
   const char* from = static_cast<const char*>(values.const_data_ptr());
   char* to = static_cast<char*>(outputs.mutable_data_ptr());
@@ -61,7 +68,7 @@ std::tuple<Tensor, Tensor> ewgs_backward(Tensor given, Tensor ends_tensor, Tenso
   STD_TORCH_CHECK(storage_of(output_gradient, "gradient", 0) == storage, "gradient: expected the dtype of the values");
   STD_TORCH_CHECK(have_same_shape(output_gradient, given), "gradient: expected the shape of the values");
   const Tensor values = dense(given), gradient = in_order_of(output_gradient, values);
-  Tensor result = torch::stable::empty_like(values);
+  Tensor result = new_like(values, bytes_of(storage));
   Tensor ends_gradient = torch::stable::empty({4}, ScalarType::Double, std::nullopt,
                                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
   const EwgsKernels& kernels = ewgs_table().kernels[storage];
