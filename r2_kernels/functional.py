@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from r2_kernels import ops
+from r2_kernels.distributed import check_shards
 from r2_kernels.granularity import Granularity, group_size_of
 from r2_kernels.validation import check_parameter, check_weights
 
@@ -42,6 +43,7 @@ def linf(weights: Sequence[Tensor], *, granularity: Granularity = "tensor") -> T
         ValueError: no weights, one without elements, weights on several devices, or no granularity.
     """
     check_weights(weights)
+    check_shards(weights, group_size_of(granularity))
     return ops.PenaltyFunction.apply("linf", group_size_of(granularity), None, *weights)
 
 
@@ -63,6 +65,7 @@ def margin(weights: Sequence[Tensor], margin: Tensor, *, granularity: Granularit
         ValueError: no weights, one without elements, another shape, several devices, or no granularity.
     """
     check_weights(weights)
+    check_shards(weights, group_size_of(granularity))
     check_parameter(margin, "margin", weights, granularity)
     return ops.PenaltyFunction.apply("margin", group_size_of(granularity), margin, *weights)
 
@@ -88,5 +91,6 @@ def soft_min_max(weights: Sequence[Tensor], temperature: Tensor, *, granularity:
         ValueError: no weights, one without elements, another shape, several devices, or no granularity.
     """
     check_weights(weights)
+    check_shards(weights, group_size_of(granularity))
     check_parameter(temperature, "temperature", weights, granularity)
     return ops.PenaltyFunction.apply("soft_min_max", group_size_of(granularity), temperature, *weights)

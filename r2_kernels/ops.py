@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from r2_kernels import backends
+from r2_kernels import backends, distributed
 from r2_kernels.granularity import PER_TENSOR, are_consecutive, counts_of, summed_by_weight
 from r2_kernels.penalties import CHUNK_SIZE, by_name
 from r2_kernels.validation import value_dtype
@@ -182,6 +182,28 @@ def kernel_of(backend: str | None, name: str, device: torch.device) -> Callable[
     return getattr(backends.load(backend, device.type), name)
 
 
+def reduce_apply_(
+    penalty: str,
+    weights: Sequence[Tensor],
+    parameter: Tensor | None,
+    coefficients: Tensor,
+    gradients: Sequence[Tensor],
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The operator of that name; for sharded weights in two passes, the statistics being merged between them."""
+    device = weights[0].device
+    if not any(distributed.is_distributed(weight) for weight in weights):
+        return kernel("reduce_apply_", device)(penalty, weights, parameter, coefficients, gradients, group_size)
+    shards = [distributed.local(weight) for weight in weights]
+    _, _, statistics, partials = kernel("reduce", device)(penalty, shards, parameter, group_size)
+    distributed.merge_(by_name(penalty), weights, parameter, statistics)
+    local_gradients = [distributed.local(gradient) for gradient in gradients]
+    kernel("apply_", device)(
+        penalty, shards, parameter, statistics, partials, coefficients, local_gradients, group_size
+    )
+    return kernel("finalize", device)(penalty, statistics, parameter, value_dtype(weights))
+
+
 def widened(parameter: Tensor) -> Tensor:
     """M or the temperature as the operators take it, float32 or float64, detached."""
     parameter = parameter.detach()
@@ -200,8 +222,11 @@ class PenaltyFunction(torch.autograd.Function):
         # Partials are one backend's own, and autograd may run backward in another thread or ``use_backend`` block.
         ctx.backend = backends.requested()
         values, parameter_gradients, statistics, partials = kernel_of(ctx.backend, "reduce", weights[0].device)(
-            penalty, list(weights), scalars, group_size
+            penalty, [distributed.local(weight) for weight in weights], scalars, group_size
         )
+        if distributed.merge_(by_name(penalty), weights, scalars, statistics):
+            finalize = kernel_of(ctx.backend, "finalize", weights[0].device)
+            values, parameter_gradients = finalize(penalty, statistics, scalars, value_dtype(weights))
         ctx.penalty = penalty
         ctx.group_size = group_size
         ctx.parameter_dtype = None if parameter is None else parameter.dtype
@@ -222,6 +247,7 @@ class PenaltyFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         gradients: list[Tensor | None] = [None] * len(weights)
         if any(needed):
+            given, weights = weights, [distributed.local(weight) for weight in weights]
             chosen = [index for index, is_needed in enumerate(needed) if is_needed]
             if len(chosen) < len(weights):
                 partials = _chosen_partials(partials, weights, needed)
@@ -235,7 +261,7 @@ class PenaltyFunction(torch.autograd.Function):
                 ctx.penalty, weights, scalars, statistics, partials, value_gradients, ctx.group_size
             )
             for index, gradient in zip(chosen, fresh, strict=True):
-                gradients[index] = gradient
+                gradients[index] = distributed.like(gradient, given[index])
         return None, None, parameter_gradient, *gradients
 
 

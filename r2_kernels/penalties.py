@@ -29,6 +29,9 @@ class Penalty(ABC):
     parameter: str | None = None
     # The gradient is nonzero only in chunks whose own maximum is the segment's: backends keep the chunks' maxima.
     is_sparse: bool = False
+    # Columns of which the whole has the parts' largest and smallest; where these agree, all other columns add.
+    maxima: tuple[int, ...] = ()
+    minima: tuple[int, ...] = ()
 
     @abstractmethod
     def reduce(self, weight: Tensor, parameter: Tensor) -> Tensor:
@@ -52,6 +55,7 @@ class LInf(Penalty):
 
     name = "linf"
     statistics = ("maximum", "count")
+    maxima = (0,)
     is_sparse = True
 
     def reduce(self, weight: Tensor, parameter: Tensor) -> Tensor:
@@ -116,6 +120,8 @@ class SoftMinMax(Penalty):
         "q_lower",
     )
     parameter = "temperature"
+    maxima = (0,)
+    minima = (1,)
 
     def reduce(self, weight: Tensor, parameter: Tensor) -> Tensor:
         if weight.numel() == 0:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from r2_kernels import functional, ops
 from r2_kernels.carried_statistics import CarriedStatistics
+from r2_kernels.distributed import check_shards, whole
 from r2_kernels.granularity import (
     PER_TENSOR,
     Granularity,
@@ -131,6 +132,7 @@ class RangeRegularizer(nn.Module):
             raise ValueError("model: expected at least one weight to regularize, but none is chosen")
         weights = self.weights()
         check_weights(weights, self.names)
+        check_shards(weights, self._group_size, self.names)
         counts = counts_of(weights, self._group_size)
         self._segment_count = sum(counts)
         self._counts: Tensor
@@ -237,6 +239,7 @@ class RangeRegularizer(nn.Module):
         """
         weights = self.weights()
         check_weights(weights, self.names)
+        check_shards(weights, self._group_size, self.names)
         self._check_gradients(weights)
         parameter, scalars = self._parameter(weights)
         if check_finite:
@@ -244,7 +247,7 @@ class RangeRegularizer(nn.Module):
         strengths = self.strengths(value_dtype(weights), weights[0].device)
         coefficients = strengths * _scale(scale)
         gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-        values, parameter_gradients = ops.kernel("reduce_apply_", weights[0].device)(
+        values, parameter_gradients = ops.reduce_apply_(
             self.penalty, weights, scalars, coefficients, gradients, self._group_size
         )
         torch.autograd.graph.increment_version(gradients)  # A graph that saved one must notice, as of any operator.
@@ -278,7 +281,7 @@ class RangeRegularizer(nn.Module):
         own = self.own_parameter()
         parameter = None if own is None else self._mean_by_layer(own).tolist()
         rows = [
-            layer_report(name, weight, self.penalty, float(value), self._group_size)
+            layer_report(name, whole(weight), self.penalty, float(value), self._group_size)
             | ({} if parameter is None else {str(self._rule.parameter): parameter[index]})
             for index, (name, weight, value) in enumerate(zip(self.names, weights, values, strict=True))
         ]
@@ -323,6 +326,7 @@ class RangeRegularizer(nn.Module):
     def _values(self) -> Tensor:
         weights = self.weights()
         check_weights(weights, self.names)
+        check_shards(weights, self._group_size, self.names)
         if self._rule.parameter is None:
             return functional.linf(weights, granularity=self.granularity)
         penalty = getattr(functional, self.penalty)
@@ -489,7 +493,7 @@ def _initial_parameter(
         given = in_segments(given, torch.tensor(counts, device=given.device), segment_count)
     given = given.expand(segment_count).clone()
     if name == "margin":
-        given *= torch.cat([over_segments(weight.detach().float(), group_size, _deviation) for weight in weights])
+        given *= torch.cat([over_segments(whole(weight).float(), group_size, _deviation) for weight in weights])
     return given
 
 

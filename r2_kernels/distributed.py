@@ -1,0 +1,146 @@
+"""Merging statistics across ranks: weights that are ``DTensor``s, of which each rank holds a shard.
+
+Each rank reduces its shard; the rows of all layers of a device mesh then travel in at most two ``all_reduce`` over the
+mesh dimensions that any of them is sharded along: the maximum of the ends (``Penalty.maxima`` and ``minima``), to which
+every rank rescales its row by the penalty's own ``merge``, and the sum of the rest. A rank that holds a copy of another's
+shard adds nothing. ``_StridedShard`` is a shard like any other, since no statistic depends on the order of the entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from r2_kernels.granularity import PER_TENSOR
+from r2_kernels.penalties import Penalty
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
+
+_groups: dict[tuple[int, ...], Any] = {}
+
+
+def is_distributed(weight: Tensor) -> bool:
+    """Whether the weight is a ``DTensor``."""
+    return dist.is_available() and isinstance(weight, DTensor)
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's shard, in the same memory, or the weight itself where it is no ``DTensor``."""
+    return weight.to_local() if is_distributed(weight) else weight
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The detached weight with the entries of all ranks: a collective, for what is computed once or seldom."""
+    return weight.detach().full_tensor() if is_distributed(weight) else weight.detach()
+
+
+def like(shard: Tensor, weight: Tensor) -> Tensor:
+    """The shard as a tensor of the weight's kind: a ``DTensor`` of the same mesh and placements where that is one."""
+    if not is_distributed(weight):
+        return shard
+    mesh, placements = weight.device_mesh, weight.placements
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
+
+
+def check_shards(weights: Sequence[Tensor], group_size: int, names: Sequence[str] | None = None) -> None:
+    """Raise unless the statistics of all weights can be merged.
+
+    Raises:
+        ValueError: a weight with a ``Partial`` placement, whose entries are not known before they are summed, one whose
+            mesh this rank is not in, or a sharded one with other segments than the whole tensor.
+    """
+    for index, weight in enumerate(weights):
+        if not is_distributed(weight):
+            continue
+        called = f"weights[{index}]" if names is None else f"weights[{index}] ({names[index]!r})"
+        if any(placement.is_partial() for placement in weight.placements):
+            raise ValueError(f"{called}: expected placements Shard or Replicate, got {weight.placements}")
+        if weight.device_mesh.get_coordinate() is None:
+            raise ValueError(f"{called}: expected a device mesh with this rank in it, got {weight.device_mesh}")
+        if group_size != PER_TENSOR and _sharded_dimensions(weight):
+            raise ValueError(f"{called}: expected granularity 'tensor' for a sharded weight, got another")
+
+
+def merge_(penalty: Penalty, weights: Sequence[Tensor], parameter: Tensor | None, statistics: Tensor) -> bool:
+    """Replace the rows of sharded weights, of this rank's shards, by those of the whole weights.
+
+    Args:
+        weights: N tensors, the ``DTensor``s among them in the same order on all ranks of their mesh.
+        parameter: M or the temperature, (N,), the same on all ranks, or None.
+        statistics: (N, S) float64, on the shards' device.
+
+    Returns:
+        Whether any row was replaced.
+    """
+    layers_of_mesh: dict[Any, list[int]] = {}
+    for index, weight in enumerate(weights):
+        if is_distributed(weight) and _sharded_dimensions(weight):
+            layers_of_mesh.setdefault(weight.device_mesh, []).append(index)
+    for mesh, layers in layers_of_mesh.items():
+        dimensions = sorted({dimension for layer in layers for dimension in _sharded_dimensions(weights[layer])})
+        is_owner = [_is_owner(weights[layer], dimensions) for layer in layers]
+        rows = torch.tensor(layers, device=statistics.device)
+        scalars = statistics.new_zeros(len(layers)) if parameter is None else parameter[rows].double()
+        group = _group(mesh, dimensions)
+        owners = torch.tensor(is_owner, device=statistics.device)
+        statistics[rows] = _merged(penalty, statistics[rows], scalars, owners, group)
+    return bool(layers_of_mesh)
+
+
+def _merged(penalty: Penalty, rows: Tensor, parameter: Tensor, owners: Tensor, group: Any) -> Tensor:
+    common = _common_ends(penalty, rows, group)
+    aligned = penalty.merge(torch.stack([rows, common]), parameter)
+    ends = [*penalty.maxima, *penalty.minima]
+    others = [column for column in range(rows.shape[1]) if column not in ends]
+    sums = torch.where(owners[:, None], aligned[:, others], 0.0).contiguous()
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    common[:, others] = sums
+    return common
+
+
+def _common_ends(penalty: Penalty, rows: Tensor, group: Any) -> Tensor:
+    """Rows of the whole weights' ends, all else zero: what a merge with rescales a row without adding to it."""
+    common = torch.zeros_like(rows)
+    if not (penalty.maxima or penalty.minima):
+        return common
+    ends = torch.cat([rows[:, list(penalty.maxima)], -rows[:, list(penalty.minima)]], 1)
+    # What the maximum makes of a NaN is the collective's own affair, so it travels as a number beside the ends.
+    is_nan = ends.isnan().any(1, keepdim=True)
+    sent = torch.cat([torch.where(is_nan, -torch.inf, ends), is_nan.to(ends.dtype)], 1)
+    dist.all_reduce(sent, dist.ReduceOp.MAX, group)
+    ends = torch.where(sent[:, -1:] > 0, torch.nan, sent[:, :-1])
+    maxima, minima = ends.split([len(penalty.maxima), len(penalty.minima)], 1)
+    common[:, list(penalty.maxima)] = maxima
+    common[:, list(penalty.minima)] = -minima
+    return common
+
+
+def _sharded_dimensions(weight: Any) -> list[int]:
+    """The mesh dimensions along which the ranks hold different entries."""
+    return [dimension for dimension, placement in enumerate(weight.placements) if not placement.is_replicate()]
+
+
+def _is_owner(weight: Any, dimensions: Sequence[int]) -> bool:
+    """Whether this rank's copy of the shard is the one that counts among the ranks of these mesh dimensions."""
+    coordinate = weight.device_mesh.get_coordinate()
+    return all(coordinate[dimension] == 0 for dimension in set(dimensions) - set(_sharded_dimensions(weight)))
+
+
+def _group(mesh: Any, dimensions: Sequence[int]) -> Any:
+    """The process group of the ranks that differ from this one in these mesh dimensions alone."""
+    if len(dimensions) == 1:
+        return mesh.get_group(dimensions[0])
+    place: list[Any] = list(mesh.get_coordinate())
+    for dimension in dimensions:
+        place[dimension] = slice(None)
+    ranks = tuple(sorted(mesh.mesh[tuple(place)].flatten().tolist()))
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    if ranks not in _groups:
+        _groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return _groups[ranks]

@@ -1,0 +1,185 @@
+"""Sharded weights on two and four processes against the same weights in one piece."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing, nn
+from torch import distributed as dist
+
+from r2_kernels import RangeRegularizer, linf, margin, soft_min_max
+
+pytest.importorskip("torch.distributed.tensor")
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+PENALTIES: dict[str, Callable[..., Tensor]] = {"linf": linf, "margin": margin, "soft_min_max": soft_min_max}
+STARTS: dict[str, dict[str, Any]] = {"linf": {}, "margin": {"margin": 1.0}, "soft_min_max": {"temperature": 3.0}}
+
+
+def _started(rank: int, size: int, folder: str, checks: Callable[[Path], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    try:
+        checks(Path(folder))
+    except Exception as error:
+        raise AssertionError(traceback.format_exc()) from error
+    dist.destroy_process_group()
+
+
+def _run(size: int, folder: Path, checks: Callable[[Path], None]) -> None:
+    multiprocessing.spawn(_started, (size, str(folder), checks), nprocs=size)
+
+
+def _weights(dtype: torch.dtype) -> list[Tensor]:
+    """The same on every rank: uneven shards, empty ones, ties for the maximum, more than a chunk."""
+    torch.manual_seed(1)
+    tied = torch.randint(-2, 3, (10, 6)).double()
+    shapes = [(7, 5), (1, 9), (3, 3, 3), (200, 301), (8, 8)]
+    return [weight.to(dtype) for weight in [*(torch.randn(*shape).double() for shape in shapes), tied]]
+
+
+def _compare(penalty: str, weights: list[Tensor], sharded: list[Tensor]) -> None:
+    parameter = None if penalty == "linf" else torch.linspace(0.3, 2.0, len(weights))
+    results = []
+    for given in (weights, sharded):
+        leaves = [weight.detach().clone().requires_grad_() for weight in given]
+        own = None if parameter is None else parameter.clone().requires_grad_()
+        values = PENALTIES[penalty](leaves, *([] if own is None else [own]))
+        (values * torch.arange(1.0, len(values) + 1)).sum().backward()
+        results.append((values.detach(), leaves, own))
+    (expected, wholes, expected_own), (values, shards, own) = results
+    torch.testing.assert_close(values, expected, rtol=2e-6, atol=0, equal_nan=True)
+    for weight, shard in zip(wholes, shards, strict=True):
+        assert shard.grad.placements == shard.placements
+        tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(weight.grad.abs().nan_to_num().max())}
+        if weight.dtype is torch.bfloat16:
+            tolerance["rtol"] = 2**-7
+        torch.testing.assert_close(shard.grad.full_tensor(), weight.grad, equal_nan=True, **tolerance)
+    if own is not None:
+        torch.testing.assert_close(own.grad, expected_own.grad, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def _functions_on(mesh: Any, placements: list[list[Any]]) -> None:
+    for penalty in PENALTIES:
+        for dtype in (torch.float32, torch.bfloat16):
+            weights = _weights(dtype)
+            sharded = [
+                distribute_tensor(weight, mesh, placements[index % len(placements)])
+                for index, weight in enumerate(weights)
+            ]
+            _compare(penalty, weights, sharded)
+        for position in ((0, 0), (-1, -1)):  # In a sharded weight, on the first rank and then on the last.
+            weights = _weights(torch.float32)
+            weights[3][position] = torch.nan
+            sharded = [
+                distribute_tensor(weight, mesh, placements[index % len(placements)])
+                for index, weight in enumerate(weights)
+            ]
+            _compare(penalty, weights, sharded)
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def _train(model: nn.Module, penalty: str, is_fused: bool, share: slice) -> tuple[RangeRegularizer, list[Tensor]]:
+    reg = RangeRegularizer(model, penalty, strength=0.05, **STARTS[penalty])
+    optimizer = torch.optim.AdamW([*model.parameters(), *reg.parameters()], lr=0.01)
+    torch.manual_seed(3)
+    losses = []
+    for _ in range(4):
+        inputs = torch.randn(8, 6)[share]
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        if is_fused:
+            loss.backward()
+            losses.append(reg.add_gradients_())
+        else:
+            losses.append(reg().detach())
+            (loss + reg()).backward()
+        optimizer.step()
+    return reg, losses
+
+
+def _training(sharding: Callable[[nn.Module], None], share: slice) -> None:
+    for penalty in PENALTIES:
+        for is_fused in (False, True):
+            single, expected = _train(_model(), penalty, is_fused, slice(None))
+            model = _model()
+            sharding(model)
+            reg, losses = _train(model, penalty, is_fused, share)
+            torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-4, atol=1e-6)
+            for weight, whole in zip(reg.weights(), single.weights(), strict=True):
+                torch.testing.assert_close(weight.full_tensor(), whole, rtol=1e-3, atol=2e-5)
+            own = reg.own_parameter()
+            if own is not None:
+                everywhere = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+                dist.all_gather(everywhere, own.detach())
+                assert all(torch.equal(other, own) for other in everywhere)
+            assert str(reg.report()) is not None
+
+
+def _fully_sharded(model: nn.Module) -> None:
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(model)
+
+
+def _share() -> slice:
+    size = 8 // dist.get_world_size()
+    return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+
+
+def _on_two(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    _functions_on(mesh, [[Shard(0)], [Shard(1)], [Replicate()]])
+    _training(_fully_sharded, _share())
+    for count in (1, 50):
+        sharded = [distribute_tensor(torch.randn(5, 4), mesh, [Shard(0)]) for _ in range(count)]
+        for penalty, most in (("linf", 2), ("margin", 1), ("soft_min_max", 2)):
+            with CommDebugMode() as collectives:
+                PENALTIES[penalty](sharded, *([] if penalty == "linf" else [torch.ones(count)]))
+            assert collectives.get_total_counts() == most
+    model = _model().bfloat16()
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    RangeRegularizer(model, "linf").add_gradients_()
+    unsummed = sharded[0].from_local(torch.ones(2, 2), mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"weights\[1\]: expected placements Shard or Replicate"):
+        linf([sharded[0], unsummed])
+    with pytest.raises(ValueError, match="expected granularity 'tensor'"):
+        linf([sharded[0]], granularity="channel")
+
+
+def _on_four(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    mixed = [[Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()], [Shard(0), Shard(0)]]
+    _functions_on(mesh, mixed)
+    _functions_on(mesh["model"], [[Shard(0)]])
+
+    def both(model: nn.Module) -> None:
+        parallelize_module(model, mesh["model"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        parallelize_module(model, mesh["model"], {"4": RowwiseParallel(input_layouts=Replicate())})
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+
+    half = dist.get_rank() // 2
+    _training(both, slice(half * 4, half * 4 + 4))
+    _training(_fully_sharded, _share())
+
+
+@pytest.mark.parametrize(("size", "checks"), [(2, _on_two), (4, _on_four)])
+def test_sharded_weights_are_as_in_one_piece(size: int, checks: Callable[[Path], None], tmp_path: Path) -> None:
+    _run(size, tmp_path, checks)
