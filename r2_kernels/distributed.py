@@ -2,14 +2,16 @@
 
 Each rank reduces its shard; the rows of all layers of a device mesh then travel in at most two ``all_reduce`` over the
 mesh dimensions that any of them is sharded along: the maximum of the ends (``Penalty.maxima`` and ``minima``), to which
-every rank rescales its row by the penalty's own ``merge``, and the sum of the rest. A rank that holds a copy of another's
-shard adds nothing. ``_StridedShard`` is a shard like any other, since no statistic depends on the order of the entries.
+every rank rescales its row by the penalty's own ``merge``, and the sum of the rest. A rank that holds a copy of
+another's shard adds nothing. ``_StridedShard`` is a shard like any other: no statistic depends on the entries' order.
+``docs/distributed.md`` has recipes, and what this costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,10 +23,11 @@ from r2_kernels.penalties import Penalty
 if dist.is_available():
     from torch.distributed.tensor import DTensor
 
-_groups: dict[tuple[int, ...], Any] = {}
+# By the group of all ranks: those of one that is gone are gone with it.
+_groups: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
 
-def is_distributed(weight: Tensor) -> bool:
+def is_distributed(weight: Tensor) -> TypeGuard[DTensor]:
     """Whether the weight is a ``DTensor``."""
     return dist.is_available() and isinstance(weight, DTensor)
 
@@ -36,7 +39,7 @@ def local(weight: Tensor) -> Tensor:
 
 def whole(weight: Tensor) -> Tensor:
     """The detached weight with the entries of all ranks: a collective, for what is computed once or seldom."""
-    return weight.detach().full_tensor() if is_distributed(weight) else weight.detach()
+    return (weight.full_tensor() if is_distributed(weight) else weight).detach()
 
 
 def like(shard: Tensor, weight: Tensor) -> Tensor:
@@ -66,6 +69,19 @@ def check_shards(weights: Sequence[Tensor], group_size: int, names: Sequence[str
             raise ValueError(f"{called}: expected granularity 'tensor' for a sharded weight, got another")
 
 
+def check_gradient(gradient: Tensor, weight: Tensor, called: str) -> None:
+    """Raise unless the gradient lies on the ranks as its weight does: what is added to a shard must be of that shard.
+
+    Raises:
+        ValueError: one of both is no ``DTensor``, or another mesh or other placements, such as ``Partial``.
+    """
+    if _layout(gradient) != _layout(weight):
+        raise ValueError(
+            f"gradient of {called}: expected the layout of its weight, {_layout(weight) or 'a plain tensor'}, "
+            f"got {_layout(gradient) or 'a plain tensor'}"
+        )
+
+
 def merge_(penalty: Penalty, weights: Sequence[Tensor], parameter: Tensor | None, statistics: Tensor) -> bool:
     """Replace the rows of sharded weights, of this rank's shards, by those of the whole weights.
 
@@ -90,6 +106,10 @@ def merge_(penalty: Penalty, weights: Sequence[Tensor], parameter: Tensor | None
         owners = torch.tensor(is_owner, device=statistics.device)
         statistics[rows] = _merged(penalty, statistics[rows], scalars, owners, group)
     return bool(layers_of_mesh)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, Any] | None:
+    return (tensor.device_mesh, tensor.placements) if is_distributed(tensor) else None
 
 
 def _merged(penalty: Penalty, rows: Tensor, parameter: Tensor, owners: Tensor, group: Any) -> Tensor:
@@ -141,6 +161,7 @@ def _group(mesh: Any, dimensions: Sequence[int]) -> Any:
     ranks = tuple(sorted(mesh.mesh[tuple(place)].flatten().tolist()))
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
-    if ranks not in _groups:
-        _groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return _groups[ranks]
+    groups = _groups.setdefault(dist.group.WORLD, {})
+    if ranks not in groups:
+        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[ranks]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from r2_kernels import functional, ops
 from r2_kernels.carried_statistics import CarriedStatistics
-from r2_kernels.distributed import check_shards, whole
+from r2_kernels.distributed import check_gradient, check_shards, whole
 from r2_kernels.granularity import (
     PER_TENSOR,
     Granularity,
@@ -234,7 +234,8 @@ class RangeRegularizer(nn.Module):
 
         Raises:
             TypeError: a gradient that is not dense or not of its weight's dtype.
-            ValueError: a weight that requires no gradient, or a gradient of another shape or device than its weight.
+            ValueError: a weight that requires no gradient, or a gradient of another shape, device or, of a ``DTensor``,
+                of other placements than its weight.
             FloatingPointError: as ``reg()`` does.
         """
         weights = self.weights()
@@ -400,6 +401,7 @@ class RangeRegularizer(nn.Module):
                     f"gradient of weights[{index}] ({layer.name!r}): expected shape {tuple(weight.shape)} on "
                     f"{weight.device}, got {tuple(gradient.shape)} on {gradient.device}"
                 )
+            check_gradient(gradient, weight, f"weights[{index}] ({layer.name!r})")
             if not gradient.is_contiguous() and overlaps_itself(gradient):
                 raise ValueError(
                     f"gradient of weights[{index}] ({layer.name!r}): expected one memory location per entry, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def _started(rank: int, size: int, folder: str, checks: Callable[[Path], None]) 
 
 
 def _run(size: int, folder: Path, checks: Callable[[Path], None]) -> None:
-    multiprocessing.spawn(_started, (size, str(folder), checks), nprocs=size)
+    # Forked off one server, so that torch is imported once, not once a process.
+    get_context("forkserver").set_forkserver_preload(["torch.distributed.fsdp", __name__])
+    arguments = (size, str(folder), checks)
+    multiprocessing.start_processes(_started, arguments, nprocs=size, start_method="forkserver")
 
 
 def _weights(dtype: torch.dtype) -> list[Tensor]:
@@ -159,6 +163,11 @@ def _on_two(folder: Path) -> None:
         linf([sharded[0], unsummed])
     with pytest.raises(ValueError, match="expected granularity 'tensor'"):
         linf([sharded[0]], granularity="channel")
+    copied = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Replicate()]))
+    copied.grad = unsummed
+    with pytest.raises(ValueError, match=r"gradient of weights\[0\] \('copied'\): expected the layout of its weight"):
+        RangeRegularizer([("copied", copied)], "linf").add_gradients_()
+    assert torch.equal(unsummed.to_local(), torch.ones(2, 2))
 
 
 def _on_four(folder: Path) -> None:
