@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench bench-gpu lint build clean
+.PHONY: demo test bench bench-gpu docs lint build clean
 
 demo: build
 	$(BIN)/python -m benchmarks.demo $(ARGUMENTS)
@@ -20,6 +20,10 @@ bench: build
 
 bench-gpu: build
 	$(BIN)/python -m benchmarks.gpu $(ARGUMENTS)
+
+docs: build
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build
+	@echo "docs/_build/index.html"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,13 @@ def test_the_contract_is_that_of_the_operators() -> None:
     assert documented == ops.SCHEMAS
     rows = dict(re.findall(r"^\| `(\w+)` \| (`\w+`(?:, `\w+`)*) \|$", page, re.MULTILINE))
     assert rows == {name: ", ".join(f"`{field}`" for field in rule.statistics) for name, rule in PENALTIES.items()}
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("myst_parser")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "--quiet", "-b", "html", "docs", tmp_path]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "api.html").read_text()
+    for name in ("RangeRegularizer", "soft_min_max", "AdamW", "use_backend"):
+        assert f'<span class="pre">{name}</span>' in page

@@ -47,7 +47,8 @@ struct VectorStep {
   }
 
   // Steps the entries from the i-th of the block on; returns the new weights.
-  R2_INLINE V operator()(const Block& at, int64_t i) const {
+  template <bool kAsksAhead = true>
+  R2_INLINE V step(const Block& at, int64_t i) const {
     V w = load(at.weight + i);
     V gradient = load(at.gradient + i) * gradient_scale;
     if constexpr (!std::is_same_v<VectorSlope, NoPenalty::Slope<V>>) {
@@ -58,13 +59,15 @@ struct VectorStep {
         gradient = gradient + pull;
       }
     }
-    __builtin_prefetch(at.weight + i + kAhead);
-    __builtin_prefetch(at.gradient + i + kAhead);
+    if constexpr (kAsksAhead) {
+      __builtin_prefetch(at.weight + i + kAhead);
+      __builtin_prefetch(at.gradient + i + kAhead);
+    }
     V state[Rule::kStates] = {};
     for (int s = 0; s < Rule::kStates; ++s) {
       if (s >= states) continue;
       state[s] = load(at.states[s] + i);
-      __builtin_prefetch(at.states[s] + i + kAhead);
+      if constexpr (kAsksAhead) __builtin_prefetch(at.states[s] + i + kAhead);
     }
     w = update(w, gradient, state);
     store(at.weight + i, w);
@@ -86,19 +89,19 @@ struct VectorStep {
       block.states[s] = padded[s + 2];
       __builtin_memcpy(padded[s + 2], at.states[s] + i, bytes);
     }
-    (*this)(block, 0);
+    step<false>(block, 0);
     __builtin_memcpy(at.weight + i, padded[1], bytes);
     for (int s = 0; s < states; ++s) __builtin_memcpy(at.states[s] + i, padded[s + 2], bytes);
   }
 
   // Steps the entries in [begin, end).
   R2_INLINE void all(Blocks& blocks, int64_t begin, int64_t end) const {
-    const VectorStep step = *this;  // in registers, which memory that is written cannot alias
+    const VectorStep kept = *this;  // in registers, which memory that is written cannot alias
     for (int64_t next; begin < end; begin = next) {
       next = end - begin < blocks.most() ? end : begin + blocks.most();
       const Block at = blocks.open(begin, next - begin);
       int64_t i = 0;
-      for (; i + kLanes<V> <= at.count; i += kLanes<V>) step(at, i);
+      for (; i + kLanes<V> <= at.count; i += kLanes<V>) kept.step(at, i);
       if (i < at.count) rest(at, i);
       blocks.close(at);
     }
@@ -116,7 +119,7 @@ class SteppedEntries {
     step_.specialize();
   }
 
-  R2_INLINE Vector vector(int64_t i) const { return step_(at_, i); }
+  R2_INLINE Vector vector(int64_t i) const { return step_.step(at_, i); }
   R2_INLINE Pair<Vector> pair(int64_t i) const {
     const Vector first = vector(i);
     return {first, vector(i + kLanes<Vector>)};
