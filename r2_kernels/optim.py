@@ -21,6 +21,7 @@ from torch import Tensor
 
 from r2_kernels import ops, optimizer_ops  # noqa: F401  (the latter defines the operators)
 from r2_kernels.carried_statistics import CarriedStatistics
+from r2_kernels.distributed import is_distributed
 from r2_kernels.regularizer import RangeRegularizer
 from r2_kernels.validation import FLOATING_DTYPES, is_dense, value_dtype
 
@@ -77,6 +78,8 @@ class _FusedOptimizer(torch.optim.Optimizer):
             raise TypeError(f"state_dtype: expected a floating-point dtype or None, got {state_dtype!r}")
         if any(group["differentiable"] for group in self.param_groups):
             raise ValueError("differentiable: expected False, since a fused step leaves no graph")
+        for index, group in enumerate(self.param_groups):
+            _check_not_sharded(group, index)
         self._step_supports_amp_scaling = True
         self.regularizer = regularizer
         self.decoupled = decoupled
@@ -124,7 +127,8 @@ class _FusedOptimizer(torch.optim.Optimizer):
             What the closure returns, or None.
 
         Raises:
-            TypeError: a weight or gradient that is not dense or of a dtype that no kernel reads. Nothing has changed.
+            TypeError: a weight or gradient that is not dense, is a ``DTensor`` or of a dtype that no kernel reads.
+                Nothing has changed.
             ValueError: a weight of the regularizer that is not among the parameters or requires no gradient.
         """
         loss = None
@@ -312,7 +316,7 @@ class AdamW(_FusedOptimizer, torch.optim.AdamW):
             default random generator, so that small updates are not lost.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, or a parameter that is a ``DTensor``.
         ValueError: a weight of the regularizer that is not among ``params``, and what ``torch.optim`` raises it for.
     """
 
@@ -393,7 +397,7 @@ class SGD(_FusedOptimizer, torch.optim.SGD):
         regularizer, decoupled, state_dtype, stochastic_rounding: as ``AdamW`` has them.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, or a parameter that is a ``DTensor``.
         ValueError: a weight of the regularizer that is not among ``params``, and what ``torch.optim`` raises it for.
     """
 
@@ -463,6 +467,7 @@ class SGD(_FusedOptimizer, torch.optim.SGD):
 
 def _check_parameters(group: dict[str, Any], group_index: int) -> None:
     """Raise unless the operators read all parameters that have a gradient: before any of them is touched."""
+    _check_not_sharded(group, group_index)
     for index, weight in enumerate(group["params"]):
         gradient = weight.grad
         if gradient is None:
@@ -473,11 +478,26 @@ def _check_parameters(group: dict[str, Any], group_index: int) -> None:
         elif gradient.layout is not torch.strided or gradient.dtype not in FLOATING_DTYPES:
             problem = f"got a gradient of {gradient.dtype}, {gradient.layout}"
         if problem is not None:
-            name = f" ({group['param_names'][index]!r})" if "param_names" in group else ""
             raise TypeError(
-                f"params: group {group_index}, parameter {index}{name} of shape {tuple(weight.shape)}: expected a "
-                f"floating-point tensor that is dense in memory and a dense floating-point gradient, {problem}"
+                f"{_called(group, group_index, index)}: expected a floating-point tensor that is dense in memory and "
+                f"a dense floating-point gradient, {problem}"
             )
+
+
+def _check_not_sharded(group: dict[str, Any], group_index: int) -> None:
+    """Raise where a parameter is a ``DTensor``: a fused step would gather the statistics of this rank's shard alone."""
+    for index, weight in enumerate(group["params"]):
+        if is_distributed(weight):
+            raise TypeError(
+                f"{_called(group, group_index, index)}: expected a plain tensor, got a DTensor of placements "
+                f"{weight.placements}: call the regularizer's add_gradients_() before the step of an optimizer of "
+                f"torch.optim"
+            )
+
+
+def _called(group: dict[str, Any], group_index: int, index: int) -> str:
+    name = f" ({group['param_names'][index]!r})" if "param_names" in group else ""
+    return f"params: group {group_index}, parameter {index}{name} of shape {tuple(group['params'][index].shape)}"
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...] | None:

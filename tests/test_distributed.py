@@ -14,6 +14,7 @@ from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
 from r2_kernels import RangeRegularizer, linf, margin, soft_min_max
+from r2_kernels.optim import SGD, AdamW
 
 pytest.importorskip("torch.distributed.tensor")
 from torch.distributed.device_mesh import init_device_mesh
@@ -145,10 +146,51 @@ def _share() -> slice:
     return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
 
 
+def _layers(shapes: list[tuple[int, int]], mesh: Any, placement: Any) -> list[tuple[str, nn.Parameter]]:
+    """The same weights on every rank, with gradients of one."""
+    torch.manual_seed(4)
+    weights = [nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [placement])) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    return [(f"layer{index}", weight) for index, weight in enumerate(weights)]
+
+
+def _nan_of_the_last_rank_is_everybodys(mesh: Any) -> None:
+    for penalty in PENALTIES:
+        layers = _layers([(4, 3), (6, 2)], mesh, Shard(0))
+        reg = RangeRegularizer(layers, penalty, **STARTS[penalty])
+        if dist.get_rank() == dist.get_world_size() - 1:
+            layers[1][1].detach().to_local()[-1, -1] = torch.nan
+        with pytest.raises(FloatingPointError, match=r"not finite for 'layer1'$"):
+            reg.add_gradients_(check_finite=True)
+        assert all(bool((weight.grad.to_local() == 1).all()) for _, weight in layers)
+        assert reg.add_gradients_().isnan()
+        assert [bool(value.isnan()) for value in reg.losses().values()] == [False, True]
+        assert not layers[0][1].grad.full_tensor().isnan().any()
+
+
+def _fused_optimizers_refuse(mesh: Any) -> None:
+    layers = _layers([(4, 3)], mesh, Shard(0))
+    for optimizer in (AdamW, SGD):
+        for regularizer in (None, RangeRegularizer(layers, "linf")):
+            with pytest.raises(TypeError, match=r"parameter 0 \('layer0'\) of shape \(4, 3\): expected a plain tensor"):
+                optimizer(layers, lr=0.1, regularizer=regularizer)
+        plain = nn.Parameter(torch.ones(2))
+        plain.grad = torch.ones(2)
+        late = optimizer([plain], lr=0.1)
+        late.add_param_group({"params": [layers[0][1]]})
+        with pytest.raises(TypeError, match=r"group 1, parameter 0 of shape \(4, 3\): expected a plain tensor"):
+            late.step()
+        assert torch.equal(plain, torch.ones(2))
+        assert not late.state
+
+
 def _on_two(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     _functions_on(mesh, [[Shard(0)], [Shard(1)], [Replicate()]])
     _training(_fully_sharded, _share())
+    _nan_of_the_last_rank_is_everybodys(mesh)
+    _fused_optimizers_refuse(mesh)
     for count in (1, 50):
         sharded = [distribute_tensor(torch.randn(5, 4), mesh, [Shard(0)]) for _ in range(count)]
         for penalty, most in (("linf", 2), ("margin", 1), ("soft_min_max", 2)):
