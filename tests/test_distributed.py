@@ -14,14 +14,17 @@ from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
 from r2_kernels import RangeRegularizer, linf, margin, soft_min_max
+from r2_kernels.distributed import whole
 from r2_kernels.optim import SGD, AdamW
 
 pytest.importorskip("torch.distributed.tensor")
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 PENALTIES: dict[str, Callable[..., Tensor]] = {"linf": linf, "margin": margin, "soft_min_max": soft_min_max}
 STARTS: dict[str, dict[str, Any]] = {"linf": {}, "margin": {"margin": 1.0}, "soft_min_max": {"temperature": 3.0}}
@@ -29,7 +32,7 @@ STARTS: dict[str, dict[str, Any]] = {"linf": {}, "margin": {"margin": 1.0}, "sof
 
 def _started(rank: int, size: int, folder: str, checks: Callable[[Path], None]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
     try:
         checks(Path(folder))
     except Exception as error:
@@ -124,16 +127,14 @@ def _train(model: nn.Module, penalty: str, is_fused: bool, share: slice) -> tupl
     return reg, losses
 
 
-def _training(sharding: Callable[[nn.Module], None], share: slice) -> None:
+def _training(distribute: Callable[[nn.Module], nn.Module], share: slice) -> None:
     for penalty in PENALTIES:
         for is_fused in (False, True):
             single, expected = _train(_model(), penalty, is_fused, slice(None))
-            model = _model()
-            sharding(model)
-            reg, losses = _train(model, penalty, is_fused, share)
+            reg, losses = _train(distribute(_model()), penalty, is_fused, share)
             torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-4, atol=1e-6)
-            for weight, whole in zip(reg.weights(), single.weights(), strict=True):
-                torch.testing.assert_close(weight.full_tensor(), whole, rtol=1e-3, atol=2e-5)
+            for weight, same in zip(reg.weights(), single.weights(), strict=True):
+                torch.testing.assert_close(whole(weight), same.detach(), rtol=1e-3, atol=2e-5)
             own = reg.own_parameter()
             if own is not None:
                 everywhere = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -142,11 +143,34 @@ def _training(sharding: Callable[[nn.Module], None], share: slice) -> None:
             assert str(reg.report()) is not None
 
 
-def _fully_sharded(model: nn.Module) -> None:
+def _fully_sharded(model: nn.Module) -> nn.Module:
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer)
-    fully_shard(model)
+    return fully_shard(model)
+
+
+def _continued(
+    model: nn.Module, penalty: str, source: Path | None, target: Path | None, steps: int = 2
+) -> RangeRegularizer:
+    """Steps from the checkpoint, or from the start, each of which depends on the count of those before."""
+    start = {name: 1.5 * number for name, number in STARTS[penalty].items()} if source else STARTS[penalty]
+    reg = RangeRegularizer(model, penalty, strength=lambda step: 0.05 * (step + 1), **start)
+    if source:
+        state = {"model": model.state_dict(), "reg": reg.state_dict()}
+        checkpoint.load(state, checkpoint_id=source)
+        model.load_state_dict(state["model"])
+        reg.load_state_dict(state["reg"])
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": reg.parameters()}], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.manual_seed(reg.step)
+        model(torch.randn(8, 6)).square().mean().backward()
+        reg.add_gradients_()
+        optimizer.step()
+    if target:
+        checkpoint.save({"model": model.state_dict(), "reg": reg.state_dict()}, checkpoint_id=target)
+    return reg
 
 
 def _share() -> slice:
@@ -193,26 +217,39 @@ def _fused_optimizers_refuse(mesh: Any) -> None:
         assert not late.state
 
 
+def _few_collectives(mesh: Any) -> None:
+    for penalty, most in (("linf", 2), ("margin", 1), ("soft_min_max", 2)):
+        for count in (1, 50):
+            layers = _layers([(5, 4)] * count, mesh, Shard(0))
+            reg = RangeRegularizer(layers, penalty, **STARTS[penalty])
+            weights, own = reg.weights(), reg.own_parameter()
+            with CommDebugMode() as collectives:
+                PENALTIES[penalty](weights, *([] if own is None else [own])).sum().backward()
+            assert collectives.get_total_counts() == most
+            with CommDebugMode() as collectives:
+                reg.add_gradients_()
+            assert collectives.get_total_counts() == most
+
+
 def _on_two(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     _functions_on(mesh, [[Shard(0)], [Shard(1)], [Replicate()]])
     _training(_fully_sharded, _share())
     _nan_of_the_last_rank_is_everybodys(mesh)
     _fused_optimizers_refuse(mesh)
-    for count in (1, 50):
-        sharded = [distribute_tensor(torch.randn(5, 4), mesh, [Shard(0)]) for _ in range(count)]
-        for penalty, most in (("linf", 2), ("margin", 1), ("soft_min_max", 2)):
-            with CommDebugMode() as collectives:
-                PENALTIES[penalty](sharded, *([] if penalty == "linf" else [torch.ones(count)]))
-            assert collectives.get_total_counts() == most
+    _few_collectives(mesh)
+    _training(DistributedDataParallel, _share())
+    for penalty in ("margin", "soft_min_max"):
+        _continued(_fully_sharded(_model()), penalty, None, folder / f"{penalty}2")
+    sharded = distribute_tensor(torch.randn(5, 4), mesh, [Shard(0)])
+    unsummed = sharded.from_local(torch.ones(2, 2), mesh, [Partial()])
     model = _model().bfloat16()
     fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     RangeRegularizer(model, "linf").add_gradients_()
-    unsummed = sharded[0].from_local(torch.ones(2, 2), mesh, [Partial()])
     with pytest.raises(ValueError, match=r"weights\[1\]: expected placements Shard or Replicate"):
-        linf([sharded[0], unsummed])
+        linf([sharded, unsummed])
     with pytest.raises(ValueError, match="expected granularity 'tensor'"):
-        linf([sharded[0]], granularity="channel")
+        linf([sharded], granularity="channel")
     copied = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Replicate()]))
     copied.grad = unsummed
     with pytest.raises(ValueError, match=r"gradient of weights\[0\] \('copied'\): expected the layout of its weight"):
@@ -226,19 +263,28 @@ def _on_four(folder: Path) -> None:
     _functions_on(mesh, mixed)
     _functions_on(mesh["model"], [[Shard(0)]])
 
-    def both(model: nn.Module) -> None:
+    def both(model: nn.Module) -> nn.Module:
         parallelize_module(model, mesh["model"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
         parallelize_module(model, mesh["model"], {"4": RowwiseParallel(input_layouts=Replicate())})
         for layer in model:
             if isinstance(layer, nn.Linear):
                 fully_shard(layer, mesh=mesh["data"])
-        fully_shard(model, mesh=mesh["data"])
+        return fully_shard(model, mesh=mesh["data"])
 
     half = dist.get_rank() // 2
     _training(both, slice(half * 4, half * 4 + 4))
     _training(_fully_sharded, _share())
+    for penalty in ("margin", "soft_min_max"):
+        _continued(_fully_sharded(_model()), penalty, folder / f"{penalty}2", folder / f"{penalty}4")
 
 
-@pytest.mark.parametrize(("size", "checks"), [(2, _on_two), (4, _on_four)])
-def test_sharded_weights_are_as_in_one_piece(size: int, checks: Callable[[Path], None], tmp_path: Path) -> None:
-    _run(size, tmp_path, checks)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_sharded_weights_are_as_in_one_piece(tmp_path: Path) -> None:
+    _run(2, tmp_path, _on_two)
+    _run(4, tmp_path, _on_four)
+    for penalty in ("margin", "soft_min_max"):
+        checkpointed = _continued(_model(), penalty, tmp_path / f"{penalty}4", None)
+        straight = _continued(_model(), penalty, None, None, steps=6)
+        for resumed, same in zip(checkpointed.weights(), straight.weights(), strict=True):
+            torch.testing.assert_close(resumed, same, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(checkpointed.own_parameter(), straight.own_parameter(), rtol=1e-5, atol=0)
