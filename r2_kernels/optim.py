@@ -176,6 +176,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
     def _buckets(self) -> list[_Bucket]:
         own = self._own_parameter()
         layer_of_weight = self._layer_of_weight()
+        before, self._carried = self._carried, {}  # What no group has any more is forgotten.
         buckets = []
         for index, group in enumerate(self.param_groups):
             _check_parameters(group, index)
@@ -195,17 +196,20 @@ class _FusedOptimizer(torch.optim.Optimizer):
             for device, (watched, others) in by_device.items():
                 weights = [*watched.values(), *others]
                 gradients = [_gradient(weight) for weight in weights]
-                carried = self._carried_by((index, device), list(watched)) if watched else None
+                carried = None
+                if watched:
+                    carried = self._carried_by(before.get((index, device)), list(watched), device)
+                    self._carried[index, device] = carried
                 buckets.append(_Bucket(group, weights, gradients, carried))
         return buckets
 
-    def _carried_by(self, key: tuple[int, torch.device], layers: list[int]) -> CarriedStatistics:
+    def _carried_by(
+        self, before: CarriedStatistics | None, layers: list[int], device: torch.device
+    ) -> CarriedStatistics:
+        if before is not None and before.layers == layers:
+            return before
         assert self.regularizer is not None
-        carried = self._carried.get(key)
-        if carried is None or carried.layers != layers:
-            count = len(self.regularizer.names)
-            carried = self._carried[key] = CarriedStatistics(self.regularizer.penalty, layers, count, key[1])
-        return carried
+        return CarriedStatistics(self.regularizer.penalty, layers, len(self.regularizer.names), device)
 
     def _step_own_parameter(
         self, own: Tensor, buckets: Sequence[_Bucket], coefficients: Tensor | None, scaling: _Scaling

@@ -250,6 +250,25 @@ def test_the_state_dict_holds_the_statistics() -> None:
     }
 
 
+def test_a_weight_that_moves_to_another_group_is_carried_there() -> None:
+    model = network()
+    reg = regularizer(model, "linf")
+    optimizer = optim.SGD(model.parameters(), lr=0.01, regularizer=reg)
+    train(optimizer, model, None)
+    first = optimizer.param_groups[0]
+    first["params"] = [parameter for parameter in first["params"] if parameter is not model[2].weight]
+    optimizer.add_param_group({"params": [model[2].weight], "lr": 0.1})
+    train(optimizer, model, None)
+    rows = optimizer.state_dict()["range_statistics"]["rows"]
+    assert {name: float(row[0]) for name, row in rows.items()} == {
+        name: float(weight.detach().abs().max()) for name, weight in zip(reg.names, reg.weights(), strict=True)
+    }
+    second = optimizer.param_groups[1]
+    first["params"], second["params"] = second["params"], first["params"]
+    train(optimizer, model, None)
+    assert len(optimizer.state_dict()["range_statistics"]["rows"]) == 2
+
+
 def test_found_inf_leaves_everything_as_it_is() -> None:
     model = network()
     reg = regularizer(model, "soft_min_max")
