@@ -23,13 +23,15 @@ from r2_kernels.penalties import Penalty
 if dist.is_available():
     from torch.distributed.tensor import DTensor
 
+_KINDS = (DTensor,) if dist.is_available() else ()
+
 # By the group of all ranks: those of one that is gone are gone with it.
 _groups: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
 
 def is_distributed(weight: Tensor) -> TypeGuard[DTensor]:
     """Whether the weight is a ``DTensor``."""
-    return dist.is_available() and isinstance(weight, DTensor)
+    return isinstance(weight, _KINDS)
 
 
 def local(weight: Tensor) -> Tensor:
@@ -93,33 +95,39 @@ def merge_(penalty: Penalty, weights: Sequence[Tensor], parameter: Tensor | None
     Returns:
         Whether any row was replaced.
     """
-    layers_of_mesh: dict[Any, list[int]] = {}
+    dimensions_of_layers: dict[Any, dict[int, list[int]]] = {}
     for index, weight in enumerate(weights):
-        if is_distributed(weight) and _sharded_dimensions(weight):
-            layers_of_mesh.setdefault(weight.device_mesh, []).append(index)
-    for mesh, layers in layers_of_mesh.items():
-        dimensions = sorted({dimension for layer in layers for dimension in _sharded_dimensions(weights[layer])})
-        is_owner = [_is_owner(weights[layer], dimensions) for layer in layers]
-        rows = torch.tensor(layers, device=statistics.device)
+        if is_distributed(weight) and (sharded := _sharded_dimensions(weight)):
+            dimensions_of_layers.setdefault(weight.device_mesh, {})[index] = sharded
+    for mesh, layers in dimensions_of_layers.items():
+        dimensions = sorted(set().union(*layers.values()))
+        # Where a weight has copies along one of these dimensions, the first one counts.
+        coordinate = mesh.get_coordinate()
+        away = {dimension for dimension in dimensions if coordinate[dimension] != 0}
+        is_owner = [away.issubset(sharded) for sharded in layers.values()]
+        # Usually no tensor is made of host lists here, nor columns below indexed by them: a copy waits for the device.
+        owners = all(is_owner) or torch.tensor(is_owner, device=statistics.device)[:, None]
+        rows = slice(None) if len(layers) == len(weights) else torch.tensor([*layers], device=statistics.device)
         scalars = statistics.new_zeros(len(layers)) if parameter is None else parameter[rows].double()
-        group = _group(mesh, dimensions)
-        owners = torch.tensor(is_owner, device=statistics.device)
-        statistics[rows] = _merged(penalty, statistics[rows], scalars, owners, group)
-    return bool(layers_of_mesh)
+        statistics[rows] = _merged(penalty, statistics[rows], scalars, owners, _group(mesh, dimensions))
+    return bool(dimensions_of_layers)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, Any] | None:
     return (tensor.device_mesh, tensor.placements) if is_distributed(tensor) else None
 
 
-def _merged(penalty: Penalty, rows: Tensor, parameter: Tensor, owners: Tensor, group: Any) -> Tensor:
+def _merged(penalty: Penalty, rows: Tensor, parameter: Tensor, owners: Tensor | bool, group: Any) -> Tensor:
     common = _common_ends(penalty, rows, group)
     aligned = penalty.merge(torch.stack([rows, common]), parameter)
     ends = [*penalty.maxima, *penalty.minima]
     others = [column for column in range(rows.shape[1]) if column not in ends]
-    sums = torch.where(owners[:, None], aligned[:, others], 0.0).contiguous()
+    sums = torch.stack([aligned[:, column] for column in others], 1)
+    if isinstance(owners, Tensor):
+        sums = torch.where(owners, sums, 0.0)
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-    common[:, others] = sums
+    for column, total in zip(others, sums.unbind(1), strict=True):
+        common[:, column] = total
     return common
 
 
@@ -128,27 +136,21 @@ def _common_ends(penalty: Penalty, rows: Tensor, group: Any) -> Tensor:
     common = torch.zeros_like(rows)
     if not (penalty.maxima or penalty.minima):
         return common
-    ends = torch.cat([rows[:, list(penalty.maxima)], -rows[:, list(penalty.minima)]], 1)
+    signs = dict.fromkeys(penalty.maxima, 1) | dict.fromkeys(penalty.minima, -1)
+    ends = torch.stack([sign * rows[:, column] for column, sign in signs.items()], 1)
     # What the maximum makes of a NaN is the collective's own affair, so it travels as a number beside the ends.
     is_nan = ends.isnan().any(1, keepdim=True)
     sent = torch.cat([torch.where(is_nan, -torch.inf, ends), is_nan.to(ends.dtype)], 1)
     dist.all_reduce(sent, dist.ReduceOp.MAX, group)
     ends = torch.where(sent[:, -1:] > 0, torch.nan, sent[:, :-1])
-    maxima, minima = ends.split([len(penalty.maxima), len(penalty.minima)], 1)
-    common[:, list(penalty.maxima)] = maxima
-    common[:, list(penalty.minima)] = -minima
+    for (column, sign), end in zip(signs.items(), ends.unbind(1), strict=True):
+        common[:, column] = sign * end
     return common
 
 
 def _sharded_dimensions(weight: Any) -> list[int]:
     """The mesh dimensions along which the ranks hold different entries."""
     return [dimension for dimension, placement in enumerate(weight.placements) if not placement.is_replicate()]
-
-
-def _is_owner(weight: Any, dimensions: Sequence[int]) -> bool:
-    """Whether this rank's copy of the shard is the one that counts among the ranks of these mesh dimensions."""
-    coordinate = weight.device_mesh.get_coordinate()
-    return all(coordinate[dimension] == 0 for dimension in set(dimensions) - set(_sharded_dimensions(weight)))
 
 
 def _group(mesh: Any, dimensions: Sequence[int]) -> Any:
