@@ -37,7 +37,7 @@ def main() -> None:
         _show(f"{penalty}: reduce_apply_", lambda step=step: operators.reduce_apply_(*step))
     table, _ = operators._weight_table(weights)
     _show("of which the table of the weights", lambda: operators._weight_table(weights))
-    _show("of which the table of the gradients", lambda: operators._destination_table(table, weights, gradients))
+    _show("of which the table of the gradients", lambda: operators.destination_table(table, weights, gradients))
 
 
 def _launch_nothing(kernel: Any, programs: int, arguments: Any, constants: Any) -> None:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from r2_kernels.backends.triton import operators, step_operators
+from r2_kernels.backends.triton import operators, segment_operators, step_operators
 from r2_kernels.backends.triton.apply_kernel import apply_chunks
 from r2_kernels.backends.triton.reduce_kernels import finalize_rows, merge_chunks, reduce_chunks
+from r2_kernels.backends.triton.segment_kernels import (
+    apply_segments,
+    finish_segments,
+    prepare_segments,
+    reduce_segments,
+)
 from r2_kernels.backends.triton.step_kernel import finish_tensors, step_chunks
 from r2_kernels.backends.triton.step_operators import Variant
 from r2_kernels.backends.triton.step_table import Dtypes
@@ -48,7 +54,10 @@ STEP_DTYPES = {
     "bfloat16, float32 states": Dtypes(torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
     "bfloat16": Dtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
 }
+SEGMENTS = ("reduce segments", "finish segments", "prepare segments", "apply_ segments")
 KERNELS = (*STREAMING, "merge", "finalize")
+# Of the kernels over segments.
+GROUP_SIZE = 128
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -62,7 +71,10 @@ class Source(NamedTuple):
 
 
 def source(kernel: str, penalty: str, dtype: torch.dtype, is_amd: bool = False) -> Source:
-    """What the backend launches for float32 parameters: ``apply`` writes gradients, ``apply_`` adds to them."""
+    """What the backend launches for float32 parameters: ``apply`` writes gradients, ``apply_`` adds to them.
+
+    Those for segments are for groups of GROUP_SIZE, each with a parameter of its own.
+    """
     sums = "*fp64" if dtype is torch.float64 else "*fp32"
     has_parameter = PENALTIES[penalty].parameter is not None
     parameters = {"parameters": "*fp32" if has_parameter else None, "parameter_stride": 1}
@@ -79,6 +91,20 @@ def source(kernel: str, penalty: str, dtype: torch.dtype, is_amd: bool = False) 
     elif kernel == "finalize":
         function, constants = finalize_rows, operators.finalize_constants(penalty)
         arguments = {"statistics": "*fp64", **parameters, "values": "*fp32", "slopes": slopes, "count": "i32"}
+    elif kernel == "reduce segments":
+        function, constants = reduce_segments, segment_operators.reduce_constants(penalty, dtype, GROUP_SIZE, False)
+        arguments = {"tiles": "*i32", "weights": "*i64", **parameters, "sums": sums, "count": "i64"}
+    elif kernel == "finish segments":
+        function, constants = finish_segments, segment_operators.finish_constants(penalty, dtype, False)
+        arguments = {"lanes": "*i32", "weights": "*i64", **parameters, "sums": sums, "count": "i64"}
+        arguments |= {"statistics": "*fp64", "values": "*fp32", "slopes": slopes}
+    elif kernel == "prepare segments":
+        function, constants = prepare_segments, segment_operators.prepare_constants(penalty, dtype, False, True)
+        arguments = {"lanes": "*i32", "weights": "*i64", **parameters, "coefficients": "*fp32"}
+        arguments |= {"coefficient_stride": 1, "statistics": "*fp64", "prepared": sums, "count": "i64"}
+    elif kernel == "apply_ segments":
+        function, constants = apply_segments, segment_operators.apply_constants(penalty, dtype, GROUP_SIZE, True)
+        arguments = {"tiles": "*i32", "weights": "*i64", "destinations": "*i64", "prepared": sums, "count": "i64"}
     else:
         function, constants = apply_chunks, operators.apply_constants(penalty, dtype, kernel == "apply_", is_amd)
         arguments = {"chunks": "*i32", "segments": "*i64", "destinations": "*i64", **parameters}
@@ -192,6 +218,11 @@ def read_step(compiled: Any, penalty: str | None, dtypes: Dtypes, variant: Varia
     streams = sum(dtype.itemsize // dtypes.weight.itemsize for dtype in arrays)
     looks = 1 if penalty is not None and operators.EXTREMES[penalty] else 0
     return _read(compiled, dtypes.weight, streams, looks)
+
+
+def read_segments(compiled: Any) -> MachineCode:
+    """The machine code of a kernel over segments, whose loads are narrow, without its paths."""
+    return replace(_read(compiled, torch.float32, 0, 0), paths=())
 
 
 def _read(compiled: Any, dtype: torch.dtype, streams: int, looks: int) -> MachineCode:

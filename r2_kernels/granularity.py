@@ -60,13 +60,14 @@ def counts_of(weights: Sequence[Tensor], group_size: int) -> list[int]:
 def _count(weight: Tensor, group_size: int) -> int:
     if weight.numel() == 0:
         return 1
-    channels = _channel_count(weight)
+    channels = channel_count(weight)
     if group_size == PER_CHANNEL:
         return channels
     return channels * ((weight.numel() // channels + group_size - 1) // group_size)
 
 
-def _channel_count(weight: Tensor) -> int:
+def channel_count(weight: Tensor) -> int:
+    """How many channels a weight has that is not empty."""
     return weight.shape[0] if weight.ndim >= 2 else 1
 
 
@@ -86,7 +87,7 @@ def segments(weight: Tensor, group_size: int) -> list[Tensor]:
     """The segments one by one, each a tensor of one dimension."""
     if group_size == PER_TENSOR or weight.numel() == 0:
         return [weight.reshape(-1)]
-    channels = weight.reshape(_channel_count(weight), -1)
+    channels = weight.reshape(channel_count(weight), -1)
     size = channels.shape[1] if group_size == PER_CHANNEL else group_size
     return [segment for channel in channels for segment in channel.split(size)]
 
@@ -98,7 +99,7 @@ def blocks(weight: Tensor, group_size: int) -> list[Tensor]:
     """
     if group_size == PER_TENSOR or weight.numel() == 0:
         return [weight.reshape(1, 1, -1)]
-    channels = weight.reshape(_channel_count(weight), -1)
+    channels = weight.reshape(channel_count(weight), -1)
     if group_size == PER_CHANNEL:
         return [channels[:, None]]
     whole = channels.shape[1] // group_size * group_size

@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from benchmarks.machine_code import (
     DTYPES,
     KERNELS,
+    SEGMENTS,
     STEP_DTYPES,
     STEPS,
     STREAMING,
@@ -22,6 +23,7 @@ from benchmarks.machine_code import (
     compile_kernel,
     compile_source,
     read,
+    read_segments,
     read_step,
     step_source,
 )
@@ -93,6 +95,18 @@ def test_a_small_range_needs_no_exponential(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_kernels_over_statistics(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> None:
     assert compile_kernel(kernel, penalty, dtype, target).asm["cubin"]
+
+
+@each_penalty
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
+@pytest.mark.parametrize("kernel", SEGMENTS)
+def test_kernels_over_segments(kernel: str, penalty: str, dtype: torch.dtype) -> None:
+    """They spill nothing, and but for soft-min-max let a third of a processor's threads run."""
+    code = read_segments(compile_kernel(kernel, penalty, dtype, "sm_90"))
+    assert (code.local, code.spills) == (0, 0)
+    if penalty != "soft_min_max":
+        assert code.occupancy >= 1 / 3, f"{code.registers} registers a thread"
+    assert compile_kernel(kernel, penalty, dtype, "gfx942").asm["hsaco"]
 
 
 @each_penalty

@@ -1,8 +1,9 @@
 """The Triton kernels: all tensors of a list in a constant number of launches, on NVIDIA and AMD GPUs.
 
 ``chunk_table.py`` cuts a list of tensors into chunks, ``reduce_kernels.py`` and ``apply_kernel.py`` are the skeletons
-over these, ``penalties.py`` what they compute, ``operators.py`` launches them. An optimizer's step is one more
-skeleton, ``step_kernel.py``, with ``update_rules.py``, ``step_table.py`` and ``step_operators.py``. The quantizer is
+over these, ``penalties.py`` what they compute, ``operators.py`` launches them; for channels and groups these are
+``segment_table.py``, ``segment_kernels.py`` and ``segment_operators.py``. An optimizer's step is one more skeleton,
+``step_kernel.py``, with ``update_rules.py``, ``step_table.py`` and ``step_operators.py``. The quantizer is
 ``ewgs_kernels.py`` and ``ewgs_operators.py``. With ``TRITON_INTERPRET=1``, set before triton is imported, the same
 kernels are interpreted on tensors of the CPU: slowly, for tests.
 """
@@ -21,8 +22,9 @@ except ImportError:
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
 if triton is not None:
+    from r2_kernels.backends.triton.any_granularity import apply, apply_, reduce, reduce_apply_
     from r2_kernels.backends.triton.ewgs_operators import ewgs_backward, ewgs_forward
-    from r2_kernels.backends.triton.operators import apply, apply_, finalize, reduce, reduce_apply_
+    from r2_kernels.backends.triton.operators import finalize
     from r2_kernels.backends.triton.step_operators import adamw_step_, sgd_step_
 
     __all__ = [

@@ -47,7 +47,7 @@ class WeightTable:
     def __init__(self, weights: Sequence[Tensor], chunk_size: int) -> None:
         check_weights(weights)
         self.copied = [index for index, weight in enumerate(weights) if not is_dense(weight)]
-        self.strides = [_strides(weight) for weight in weights]
+        self.strides = [strides_of(weight) for weight in weights]
         if self.copied:
             return
         segments, groups, self.chunks = plan(
@@ -82,7 +82,7 @@ class DestinationTable:
         self.copied = [
             index
             for index, (gradient, like) in enumerate(zip(gradients, strides, strict=True))
-            if _strides(gradient) != like
+            if strides_of(gradient) != like
         ]
         if not self.copied:
             addresses = torch.tensor([gradient.data_ptr() for gradient in gradients], dtype=torch.int64)
@@ -204,7 +204,7 @@ class _Remembered(NamedTuple, Generic[Entry]):
     event: torch.cuda.Event | None
 
 
-def _strides(tensor: Tensor) -> tuple[tuple[int, int], ...]:
+def strides_of(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """Sizes and strides, of dimensions that have more than one entry; the same for all empty tensors."""
     if tensor.numel() == 0:
         return ()

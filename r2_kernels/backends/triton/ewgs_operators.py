@@ -24,7 +24,7 @@ def ewgs_forward(values: Tensor, ends: Tensor, levels: int) -> Tensor:
     if count:
         constants = _constants(values, levels)
         arguments = (values, ends, outputs, count)
-        with operators._on(values.device):
+        with operators.on_device(values.device):
             operators.launch(ewgs_forward_kernel, triton.cdiv(count, BLOCK), arguments, constants)
     return outputs
 
@@ -41,7 +41,7 @@ def ewgs_backward(values: Tensor, ends: Tensor, gradient: Tensor, levels: int, d
     if count:
         constants = _constants(values, levels) | {"DELTA": delta}
         arguments = (values, ends, gradient, result, sums, count)
-        with operators._on(values.device):
+        with operators.on_device(values.device):
             operators.launch(ewgs_backward_kernel, len(sums), arguments, constants)
     return result, sums.sum(0)
 

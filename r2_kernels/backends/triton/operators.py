@@ -17,7 +17,6 @@ from r2_kernels.backends.triton.checks import check_float64, check_parameter, ch
 from r2_kernels.backends.triton.chunk_table import DestinationTable, TableCache, WeightTable
 from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
 from r2_kernels.backends.triton.reduce_kernels import finalize_rows, merge_chunks, reduce_chunks
-from r2_kernels.granularity import PER_TENSOR
 from r2_kernels.penalties import CHUNK_SIZE, by_name
 
 LANGUAGE_DTYPES = {
@@ -38,10 +37,7 @@ _weight_tables: TableCache[WeightTable] = TableCache()
 _destination_tables: TableCache[DestinationTable] = TableCache()
 
 
-def reduce(
-    penalty: str, weights: Sequence[Tensor], parameter: Tensor | None, group_size: int = PER_TENSOR
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_group_size(group_size)
+def reduce(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table, weights = _weight_table(weights)
     return _reduce(penalty, table, weights[0], parameter)
 
@@ -58,7 +54,7 @@ def finalize(penalty: str, statistics: Tensor, parameter: Tensor | None, dtype: 
     slopes = statistics.new_empty(0 if rule.parameter is None else count, dtype=dtype)
     stride = 0 if parameter is None else parameter.stride(0)
     arguments = (statistics, parameter, stride, values, slopes if len(slopes) else None, count)
-    with _on(device):
+    with on_device(device):
         launch(finalize_rows, triton.cdiv(count, FINALIZE_LANES), arguments, finalize_constants(penalty))
     return values, slopes
 
@@ -70,13 +66,11 @@ def apply(
     statistics: Tensor,
     partials: Tensor,
     coefficients: Tensor,
-    group_size: int = PER_TENSOR,
 ) -> list[Tensor]:
-    _check_group_size(group_size)
     table, dense = _weight_table(weights)
     _check_reduced(penalty, table, dense[0].device, parameter, statistics, partials, coefficients)
     gradients = [torch.empty_like(weight) for weight in weights]
-    destinations = _destination_table(table, dense, gradients)
+    destinations = destination_table(table, dense, gradients)
     _apply(penalty, table, parameter, statistics, partials, coefficients, gradients, destinations, False)
     return gradients
 
@@ -89,12 +83,10 @@ def apply_(
     partials: Tensor,
     coefficients: Tensor,
     gradients: Sequence[Tensor],
-    group_size: int = PER_TENSOR,
 ) -> None:
-    _check_group_size(group_size)
     table, weights = _weight_table(weights)
     _check_reduced(penalty, table, weights[0].device, parameter, statistics, partials, coefficients)
-    destinations = _destination_table(table, weights, gradients)
+    destinations = destination_table(table, weights, gradients)
     _apply(penalty, table, parameter, statistics, partials, coefficients, gradients, destinations, True)
 
 
@@ -104,20 +96,13 @@ def reduce_apply_(
     parameter: Tensor | None,
     coefficients: Tensor,
     gradients: Sequence[Tensor],
-    group_size: int = PER_TENSOR,
 ) -> tuple[Tensor, Tensor]:
-    _check_group_size(group_size)
     table, weights = _weight_table(weights)
     check_scalars(coefficients, "coefficients", len(weights), weights[0].device)
-    destinations = _destination_table(table, weights, gradients)
+    destinations = destination_table(table, weights, gradients)
     values, slopes, statistics, partials = _reduce(penalty, table, weights[0], parameter)
     _apply(penalty, table, parameter, statistics, partials, coefficients, gradients, destinations, True)
     return values, slopes
-
-
-def _check_group_size(group_size: int) -> None:
-    if group_size != PER_TENSOR:
-        raise NotImplementedError("granularity: expected 'tensor', which is all that the backend 'triton' computes")
 
 
 def launch(kernel: Any, programs: int, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
@@ -228,7 +213,7 @@ def _reduce(
     sums = new_empty((sums_per_chunk(penalty, table.is_float64), table.chunks), dtype=dtype)
     shared = (table.segments, parameter, 0 if parameter is None else parameter.stride(0), sums, table.chunks)
     outputs = (statistics, values, slopes if len(slopes) else None, partials if rule.is_sparse else None)
-    with _on(like.device):
+    with on_device(like.device):
         for group in table.groups:
             if len(group.chunks):
                 constants = reduce_constants(penalty, group.dtype)
@@ -260,7 +245,7 @@ def _apply(
         statistics.contiguous(),
         partials.contiguous() if rule.is_sparse else None,
     )
-    with _on(gradients[0].device):
+    with on_device(gradients[0].device):
         for group in table.groups:
             if len(group.chunks):
                 constants = apply_constants(penalty, group.dtype, add)
@@ -308,7 +293,7 @@ def _weight_table(weights: Sequence[Tensor]) -> tuple[WeightTable, Sequence[Tens
     return table, weights
 
 
-def _destination_table(table: WeightTable, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Destinations:
+def destination_table(table: WeightTable, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Destinations:
     if len(gradients) != len(weights):
         raise RuntimeError(f"gradients: expected {len(weights)} tensors, got {len(gradients)}")
     found = _destination_tables.find(gradients, table, lambda: DestinationTable(gradients, weights, table.strides))
@@ -317,9 +302,9 @@ def _destination_table(table: WeightTable, weights: Sequence[Tensor], gradients:
     in_place = list(gradients)
     for index in found.copied:
         in_place[index] = torch.empty_like(weights[index]).copy_(gradients[index])
-    return Destinations(_destination_table(table, weights, in_place).table, in_place, found.copied)
+    return Destinations(destination_table(table, weights, in_place).table, in_place, found.copied)
 
 
-def _on(device: torch.device) -> Any:
+def on_device(device: torch.device) -> Any:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -13,6 +13,7 @@ tables or addresses, and the kernels nothing of a penalty:
                  segment's ends; these and the sums are the statistics, in the order of ``r2_kernels.penalties``
     finalize     value and gradient with respect to the parameter, from the statistics
     prepare      constants of a segment's gradient, once in float64, rounded to the precision of its entries
+    constants    the same for a given regime, of one segment or of several
     slope_regime which of the ways to compute ``gradient`` suits these constants: 0 or 1
     gradient     the gradient with respect to each entry, times the segment's coefficient, from these constants, in a
                  given regime
@@ -50,6 +51,7 @@ class Functions(NamedTuple):
     convert: triton.JITFunction
     finalize: triton.JITFunction
     prepare: triton.JITFunction
+    constants: triton.JITFunction
     slope_regime: triton.JITFunction
     gradient: triton.JITFunction
 
@@ -113,6 +115,11 @@ def linf_prepare(row, parameter, coefficient, dtype: tl.constexpr):
 
 
 @triton.jit
+def linf_constants(row, parameter, coefficient, dtype: tl.constexpr, REGIME: tl.constexpr):
+    return linf_prepare(row, parameter, coefficient, dtype)
+
+
+@triton.jit
 def linf_gradient(w, constants, REGIME: tl.constexpr):
     maximum, share, zero = constants
     return tl.where(tl.abs(w) == maximum, _with_sign_of(w, share), zero)
@@ -173,6 +180,11 @@ def margin_prepare(row, parameter, coefficient, dtype: tl.constexpr):
 
 
 @triton.jit
+def margin_constants(row, parameter, coefficient, dtype: tl.constexpr, REGIME: tl.constexpr):
+    return margin_prepare(row, parameter, coefficient, dtype)
+
+
+@triton.jit
 def margin_gradient(w, constants, REGIME: tl.constexpr):
     margin, coefficient = constants
     inside = tl.where(w == w, 0.0, w)
@@ -229,7 +241,7 @@ def _powers(x):
 @triton.jit
 def _in_units(w, unit, origin):
     """(w - origin)·unit with one rounding, as unit is a power of two."""
-    return tl.fma(w, tl.full(w.shape, unit, w.dtype), tl.full(w.shape, -(origin * unit), w.dtype))
+    return tl.fma(w, tl.broadcast_to(unit, w.shape), tl.broadcast_to(-(origin * unit), w.shape))
 
 
 @triton.jit
@@ -349,13 +361,22 @@ def soft_min_max_finalize(row, parameter):
 
 @triton.jit
 def soft_min_max_prepare(row, parameter, coefficient, dtype: tl.constexpr):
+    _, _, _, half = _frame(row[0].to(dtype), row[1].to(dtype), tl.abs(parameter).to(dtype))
+    if half <= SMALL:
+        constants = soft_min_max_constants(row, parameter, coefficient, dtype, 0)
+    else:
+        constants = soft_min_max_constants(row, parameter, coefficient, dtype, 1)
+    return constants
+
+
+@triton.jit
+def soft_min_max_constants(row, parameter, coefficient, dtype: tl.constexpr, REGIME: tl.constexpr):
     maximum, minimum, z_upper, s_upper, _, z_lower, s_lower, _ = row
     temperature = tl.abs(parameter)
     center, unit, inverse, half = _frame(maximum.to(dtype), minimum.to(dtype), temperature.to(dtype))
-    is_small = half <= SMALL
     coefficient = tl.where(parameter < 0, -coefficient, coefficient)
     mean_upper, mean_lower = temperature * (s_upper / z_upper), temperature * (s_lower / z_lower)
-    if is_small:
+    if REGIME == 0:
         # With p = (1 + P)/Z and q = (1 + Q)/Z no difference of nearly equal numbers is left as a goes to 0. Any Z
         # would do: the mean of both ends' makes P and Q small.
         up = temperature * (maximum - center.to(tl.float64))
@@ -373,7 +394,7 @@ def soft_min_max_prepare(row, parameter, coefficient, dtype: tl.constexpr):
         constants = (unit, _steepness(temperature.to(dtype), inverse), maximum.to(dtype))
         constants = constants + (minimum.to(dtype), (p * ln2).to(dtype), (p * (1 - mean_upper)).to(dtype))
         constants = constants + ((q * ln2).to(dtype), (q * (1 + mean_lower)).to(dtype), unit * 0)
-    return (is_small,) + constants
+    return (half <= SMALL,) + constants
 
 
 @triton.jit
@@ -420,6 +441,7 @@ FUNCTIONS = {
         linf_convert,
         linf_finalize,
         linf_prepare,
+        linf_constants,
         only_regime,
         linf_gradient,
     ),
@@ -432,6 +454,7 @@ FUNCTIONS = {
         margin_convert,
         margin_finalize,
         margin_prepare,
+        margin_constants,
         only_regime,
         margin_gradient,
     ),
@@ -444,6 +467,7 @@ FUNCTIONS = {
         soft_min_max_convert,
         soft_min_max_finalize,
         soft_min_max_prepare,
+        soft_min_max_constants,
         soft_min_max_slope_regime,
         soft_min_max_gradient,
     ),

@@ -214,7 +214,7 @@ def _step(
         *(found, maxima, sums, chunks),
     )
     finish_arguments = (table.counts, scaling.found_inf, watched, table.segments, *_strided(next_parameter), *gathered)
-    with operators._on(device):
+    with operators.on_device(device):
         for group in table.groups:
             if len(group.chunks):
                 constants = step_constants(penalty, group.dtypes, variant)
