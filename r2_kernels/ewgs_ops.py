@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r2_kernels import backends, ops
-from r2_kernels.validation import is_dense
+from r2_kernels.layout import is_dense
 
 SCHEMAS = {
     "ewgs_forward": "(Tensor values, Tensor ends, int levels) -> Tensor",

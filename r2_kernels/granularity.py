@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+from r2_kernels.layout import is_dense
 
 PER_TENSOR = 0
 PER_CHANNEL = -1
@@ -75,7 +76,7 @@ def are_consecutive(weight: Tensor, group_size: int) -> bool:
     """Whether the weight fills one block of memory, in which its segments follow one another."""
     if weight.is_contiguous():
         return True
-    if not is_non_overlapping_and_dense_or_false(weight):
+    if not is_dense(weight):
         return False
     is_channelwise = group_size == PER_CHANNEL and weight.ndim >= 2
     return group_size == PER_TENSOR or (

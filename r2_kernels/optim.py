@@ -22,8 +22,9 @@ from torch import Tensor
 from r2_kernels import ops, optimizer_ops  # noqa: F401  (the latter defines the operators)
 from r2_kernels.carried_statistics import CarriedStatistics
 from r2_kernels.distributed import is_distributed
+from r2_kernels.layout import is_dense
 from r2_kernels.regularizer import RangeRegularizer
-from r2_kernels.validation import FLOATING_DTYPES, is_dense, value_dtype
+from r2_kernels.validation import FLOATING_DTYPES, value_dtype
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 

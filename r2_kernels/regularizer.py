@@ -22,10 +22,11 @@ from r2_kernels.granularity import (
     over_segments,
     summed_by_weight,
 )
+from r2_kernels.layout import overlaps_itself
 from r2_kernels.penalties import by_name
 from r2_kernels.report import Report, layer_report
 from r2_kernels.schedule import Schedule
-from r2_kernels.validation import check_parameter, check_weights, overlaps_itself, value_dtype
+from r2_kernels.validation import check_parameter, check_weights, value_dtype
 
 Selection = Callable[[str, Tensor], bool] | str | Sequence[str]
 Strength = float | Tensor | Sequence[float] | Callable[[int], float]

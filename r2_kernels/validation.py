@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from r2_kernels.granularity import Granularity, segment_counts
 
@@ -75,22 +74,6 @@ def check_parameter(
 def value_dtype(weights: Sequence[Tensor]) -> torch.dtype:
     """The dtype of the penalties' values: float32, or float64 where a weight is float64."""
     return torch.float64 if any(weight.dtype is torch.float64 for weight in weights) else torch.float32
-
-
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether some entries share memory; where it says no, none do."""
-    reach = 1
-    dimensions = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted(dimension for dimension in dimensions if dimension[1] != 1):
-        if stride < reach:
-            return tensor.numel() > 0
-        reach += stride * (size - 1)
-    return False
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory, each place once, in whatever order of dimensions."""
-    return tensor.is_contiguous() or is_non_overlapping_and_dense_or_false(tensor)
 
 
 def _called(index: int, names: Sequence[str] | None) -> str:

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-import torch
-
 ENVIRONMENT_VARIABLE = "R2_KERNELS_BACKEND"
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -48,7 +46,6 @@ def load(name: str, device_type: str | None = None) -> ModuleType:
     return sys.modules[f"{__name__}.{name}"]
 
 
-@torch.compiler.assume_constant_result  # Traced, it is asked once: torch.compile can follow no import.
 def _require(name: str, device_type: str | None) -> None:
     backend = by_name(name)
     reason = backend.why_unavailable()
@@ -57,6 +54,11 @@ def _require(name: str, device_type: str | None) -> None:
     if device_type is not None and backend.DEVICE_TYPES and device_type not in backend.DEVICE_TYPES:
         expected = " or ".join(backend.DEVICE_TYPES)
         raise ValueError(f"backend {name!r}: expected weights on device {expected}, got {device_type}")
+
+
+# Traced, it is asked once: torch.compile can follow no import. What torch.compiler.assume_constant_result does, which
+# would import the compiler with this package: half a second.
+_require._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from r2_kernels.granularity import PER_TENSOR, blocks, counts_of
+from r2_kernels.layout import is_dense
 from r2_kernels.penalties import CHUNK_SIZE, Penalty, by_name
-from r2_kernels.validation import is_dense, value_dtype
+from r2_kernels.validation import value_dtype
 
 DEVICE_TYPES: tuple[str, ...] = ()  # any
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from r2_kernels.layout import overlaps_itself
 from r2_kernels.penalties import Penalty
-from r2_kernels.validation import FLOATING_DTYPES, overlaps_itself
+from r2_kernels.validation import FLOATING_DTYPES
 
 
 def check_weights(weights: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
 from r2_kernels.backends.triton.checks import check_gradients, check_weights
-from r2_kernels.validation import is_dense
+from r2_kernels.layout import is_dense
 
 # Lists of tensors that are remembered: a training loop has one or two, an autograd step with fresh gradients more.
 CACHED_LISTS = 32

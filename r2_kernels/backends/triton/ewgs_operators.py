@@ -11,7 +11,7 @@ from torch import Tensor
 from r2_kernels.backends.triton import operators
 from r2_kernels.backends.triton.checks import check_scalars, check_stored
 from r2_kernels.backends.triton.ewgs_kernels import ewgs_backward_kernel, ewgs_forward_kernel
-from r2_kernels.validation import is_dense
+from r2_kernels.layout import is_dense
 
 BLOCK = 1024
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from r2_kernels.backends.triton.checks import check_stored
 from r2_kernels.backends.triton.chunk_table import CACHED_LISTS, TableCache, plan, upload
-from r2_kernels.validation import is_dense
+from r2_kernels.layout import is_dense
 
 COUNT_DTYPES = (torch.float32, torch.float64)
 
