@@ -10,20 +10,18 @@ another's shard adds nothing. ``_StridedShard`` is a shard like any other: no st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from r2_kernels.granularity import PER_TENSOR
 from r2_kernels.penalties import Penalty
 
-if dist.is_available():
+if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-_KINDS = (DTensor,) if dist.is_available() else ()
 
 # By the group of all ranks: those of one that is gone are gone with it.
 _groups: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
@@ -31,7 +29,12 @@ _groups: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary(
 
 def is_distributed(weight: Tensor) -> TypeGuard[DTensor]:
     """Whether the weight is a ``DTensor``."""
-    return isinstance(weight, _KINDS)
+    # Imported where there may be one: it takes half a second, which most programs have no use for.
+    if type(weight) in (Tensor, nn.Parameter) or not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
 
 
 def local(weight: Tensor) -> Tensor:
@@ -48,6 +51,8 @@ def like(shard: Tensor, weight: Tensor) -> Tensor:
     """The shard as a tensor of the weight's kind: a ``DTensor`` of the same mesh and placements where that is one."""
     if not is_distributed(weight):
         return shard
+    from torch.distributed.tensor import DTensor
+
     mesh, placements = weight.device_mesh, weight.placements
     return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
