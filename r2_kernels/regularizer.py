@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from r2_kernels import functional, ops
+from r2_kernels import ops
 from r2_kernels.carried_statistics import CarriedStatistics
 from r2_kernels.distributed import check_gradient, check_shards, whole
 from r2_kernels.granularity import (
@@ -239,9 +239,7 @@ class RangeRegularizer(nn.Module):
                 of other placements than its weight.
             FloatingPointError: as ``reg()`` does.
         """
-        weights = self.weights()
-        check_weights(weights, self.names)
-        check_shards(weights, self._group_size, self.names)
+        weights = self._checked_weights()
         self._check_gradients(weights)
         parameter, scalars = self._parameter(weights)
         if check_finite:
@@ -325,14 +323,16 @@ class RangeRegularizer(nn.Module):
 
         return super()._apply(move_without_narrowing, recurse)
 
-    def _values(self) -> Tensor:
+    def _checked_weights(self) -> list[Tensor]:
         weights = self.weights()
         check_weights(weights, self.names)
         check_shards(weights, self._group_size, self.names)
-        if self._rule.parameter is None:
-            return functional.linf(weights, granularity=self.granularity)
-        penalty = getattr(functional, self.penalty)
-        return penalty(weights, self.own_parameter(), granularity=self.granularity)
+        return weights
+
+    def _values(self) -> Tensor:
+        weights = self._checked_weights()
+        parameter, _ = self._parameter(weights)
+        return ops.PenaltyFunction.apply(self.penalty, self._group_size, parameter, *weights)
 
     def _in_segments(self, per_layer: Tensor) -> Tensor:
         """A tensor with one entry per layer, spread to one per segment."""
