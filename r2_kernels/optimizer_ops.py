@@ -20,10 +20,6 @@ The arguments that both share, beside those of ``torch.optim``'s of the same nam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from r2_kernels import ops
 
 _SHARED = (
@@ -44,57 +40,9 @@ SCHEMAS = {
 ops.define(SCHEMAS)
 
 
-@ops.fake("adamw_step_")
-def _(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip_coefficient: Tensor | None,
-    rounding_seed: int | None,
-    penalty: str | None,
-    parameter: Tensor | None,
-    next_parameter: Tensor | None,
-    statistics: Tensor,
-    partials: Tensor,
-    coefficients: Tensor,
-    is_decoupled: bool,
-) -> None:
-    return None
+def _nothing(*arguments: object) -> None:
+    """They only mutate: there is no result to fake."""
 
 
-@ops.fake("sgd_step_")
-def _(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    started: Sequence[int],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip_coefficient: Tensor | None,
-    rounding_seed: int | None,
-    penalty: str | None,
-    parameter: Tensor | None,
-    next_parameter: Tensor | None,
-    statistics: Tensor,
-    partials: Tensor,
-    coefficients: Tensor,
-    is_decoupled: bool,
-) -> None:
-    return None
+for _name in SCHEMAS:
+    ops.fake(_name)(_nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from r2_kernels.penalties import CHUNK_SIZE, Penalty, by_name
 from r2_kernels.validation import value_dtype
 
 DEVICE_TYPES: tuple[str, ...] = ()  # any
+
+_Store = Callable[[Tensor, Tensor], None]
 
 
 def why_unavailable() -> str | None:
@@ -111,38 +114,22 @@ def adamw_step_(
     eps: float,
     weight_decay: float,
     maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip_coefficient: Tensor | None,
-    rounding_seed: int | None,
-    penalty: str | None,
-    parameter: Tensor | None,
-    next_parameter: Tensor | None,
-    statistics: Tensor,
-    partials: Tensor,
-    coefficients: Tensor,
-    is_decoupled: bool,
+    *shared: Any,
 ) -> None:
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    rate = lr.to(torch.float64)
-    pulls = _pulls(penalty, weights, parameter, statistics, coefficients)
-    scale = _gradient_scale(grad_scale, clip_coefficient)
-    round_to = _rounding(rounding_seed, weights[0].device)
-    for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
-        w, g = _with_pull(weight, gradient, scale, pulls[index], rate, maximize, is_decoupled)
+    def update(index: int, w: Tensor, g: Tensor, rate: Tensor, store: _Store) -> Tensor:
         steps[index].add_(1)
         first = exp_avgs[index].to(torch.float64) * beta1 + (1 - beta1) * g
         second = exp_avg_sqs[index].to(torch.float64) * beta2 + (1 - beta2) * g**2
-        round_to(exp_avgs[index], first)
-        round_to(exp_avg_sqs[index], second)
+        store(exp_avgs[index], first)
+        store(exp_avg_sqs[index], second)
         if max_exp_avg_sqs:
             second = torch.maximum(max_exp_avg_sqs[index].to(torch.float64), second)
-            round_to(max_exp_avg_sqs[index], second)
+            store(max_exp_avg_sqs[index], second)
         count = steps[index].to(torch.float64)
         denominator = (second / (1 - beta2**count)).sqrt() + eps
-        round_to(weight, w * (1 - rate * weight_decay) - rate / (1 - beta1**count) * first / denominator)
-    _regather(penalty, weights, next_parameter, statistics, partials)
+        return w * (1 - rate * weight_decay) - rate / (1 - beta1**count) * first / denominator
+
+    _step(update, weights, gradients, lr, maximize, *shared)
 
 
 def sgd_step_(
@@ -156,6 +143,26 @@ def sgd_step_(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
+    *shared: Any,
+) -> None:
+    def update(index: int, w: Tensor, g: Tensor, rate: Tensor, store: _Store) -> Tensor:
+        g = g + weight_decay * w
+        if momentum != 0:
+            buffer = momentum_buffers[index].to(torch.float64)
+            buffer = momentum * buffer + (1 - dampening) * g if started[index] else g
+            store(momentum_buffers[index], buffer)
+            g = g + momentum * buffer if nesterov else buffer
+        return w - rate * g
+
+    _step(update, weights, gradients, lr, maximize, *shared)
+
+
+def _step(
+    update: Callable[[int, Tensor, Tensor, Tensor, _Store], Tensor],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    lr: Tensor,
+    maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     clip_coefficient: Tensor | None,
@@ -168,21 +175,16 @@ def sgd_step_(
     coefficients: Tensor,
     is_decoupled: bool,
 ) -> None:
+    """A step of a rule whose ``update`` stores the states and returns the new weight, in float64."""
     if found_inf is not None and found_inf.item() != 0:
         return
     rate = lr.to(torch.float64)
     pulls = _pulls(penalty, weights, parameter, statistics, coefficients)
     scale = _gradient_scale(grad_scale, clip_coefficient)
-    round_to = _rounding(rounding_seed, weights[0].device)
+    store = _rounding(rounding_seed, weights[0].device)
     for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
         w, g = _with_pull(weight, gradient, scale, pulls[index], rate, maximize, is_decoupled)
-        g = g + weight_decay * w
-        if momentum != 0:
-            buffer = momentum_buffers[index].to(torch.float64)
-            buffer = momentum * buffer + (1 - dampening) * g if started[index] else g
-            round_to(momentum_buffers[index], buffer)
-            g = g + momentum * buffer if nesterov else buffer
-        round_to(weight, w - rate * g)
+        store(weight, update(index, w, g, rate, store))
     _regather(penalty, weights, next_parameter, statistics, partials)
 
 
@@ -222,7 +224,7 @@ def _with_pull(
     return w, -g if maximize else g
 
 
-def _rounding(seed: int | None, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+def _rounding(seed: int | None, device: torch.device) -> _Store:
     """What stores float64 in a tensor: rounded to nearest, or with a seed bfloat16 stochastically."""
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 

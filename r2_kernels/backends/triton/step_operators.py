@@ -66,31 +66,15 @@ def adamw_step_(
     eps: float,
     weight_decay: float,
     maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip_coefficient: Tensor | None,
-    rounding_seed: int | None,
-    penalty: str | None,
-    parameter: Tensor | None,
-    next_parameter: Tensor | None,
-    statistics: Tensor,
-    partials: Tensor,
-    coefficients: Tensor,
-    is_decoupled: bool,
+    *shared: Any,
 ) -> None:
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if max_exp_avg_sqs:
         states["max_exp_avg_sqs"] = max_exp_avg_sqs
     if len(steps) != len(weights):
         raise RuntimeError(f"steps: expected {len(weights)} tensors, one per weight, got {len(steps)}")
-    _step(
-        StepTensors(weights, gradients, states, steps, ()),
-        Variant("adamw", len(states), False, maximize, is_decoupled, rounding_seed is not None),
-        (beta1, beta2, _logarithm(beta1), _logarithm(beta2), eps, weight_decay),
-        _Scaling(lr, grad_scale, found_inf, clip_coefficient),
-        rounding_seed,
-        _Regularization(penalty, parameter, next_parameter, statistics, partials, coefficients),
-    )
+    settings = (beta1, beta2, _logarithm(beta1), _logarithm(beta2), eps, weight_decay)
+    _step(StepTensors(weights, gradients, states, steps, ()), "adamw", False, maximize, settings, lr, *shared)
 
 
 def sgd_step_(
@@ -104,30 +88,14 @@ def sgd_step_(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip_coefficient: Tensor | None,
-    rounding_seed: int | None,
-    penalty: str | None,
-    parameter: Tensor | None,
-    next_parameter: Tensor | None,
-    statistics: Tensor,
-    partials: Tensor,
-    coefficients: Tensor,
-    is_decoupled: bool,
+    *shared: Any,
 ) -> None:
     has_momentum = momentum != 0
     if has_momentum and len(started) != len(weights):
         raise RuntimeError(f"started: expected {len(weights)} entries, one per weight, got {len(started)}")
     states = {"momentum_buffers": momentum_buffers} if has_momentum else {}
-    _step(
-        StepTensors(weights, gradients, states, (), started if has_momentum else ()),
-        Variant("sgd", len(states), nesterov, maximize, is_decoupled, rounding_seed is not None),
-        (momentum, dampening, weight_decay, 0.0, 0.0, 0.0),
-        _Scaling(lr, grad_scale, found_inf, clip_coefficient),
-        rounding_seed,
-        _Regularization(penalty, parameter, next_parameter, statistics, partials, coefficients),
-    )
+    given = StepTensors(weights, gradients, states, (), started if has_momentum else ())
+    _step(given, "sgd", nesterov, maximize, (momentum, dampening, weight_decay, 0.0, 0.0, 0.0), lr, *shared)
 
 
 @cache
@@ -183,19 +151,33 @@ def finish_constants(penalty: str | None, dtypes: Dtypes) -> dict[str, Any]:
 
 def _step(
     given: StepTensors,
-    variant: Variant,
+    rule: str,
+    is_nesterov: bool,
+    is_maximized: bool,
     settings: tuple[float, ...],
-    scaling: _Scaling,
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip_coefficient: Tensor | None,
     rounding_seed: int | None,
-    regularization: _Regularization,
+    penalty: str | None,
+    parameter: Tensor | None,
+    next_parameter: Tensor | None,
+    statistics: Tensor,
+    partials: Tensor,
+    coefficients: Tensor,
+    is_decoupled: bool,
 ) -> None:
+    """A step of a rule, whose ``settings`` are six numbers; the rest as in ``r2_kernels.optimizer_ops``."""
+    variant = Variant(rule, len(given.states), is_nesterov, is_maximized, is_decoupled, rounding_seed is not None)
+    scaling = _Scaling(lr, grad_scale, found_inf, clip_coefficient)
     if not given.weights:
         raise RuntimeError("weights: expected at least one tensor, got an empty list")
     table, gradients = find_tables(given, CHUNK_SIZE)
     device = given.weights[0].device
     _check_scaling(scaling, device)
+    regularization = _Regularization(penalty, parameter, next_parameter, statistics, partials, coefficients)
     watched = _check_regularization(regularization, table, device)
-    penalty, parameter, next_parameter, statistics, partials, coefficients = regularization
     chunks = table.first_chunks[watched]
     gathered: tuple[Any, ...] = (None, chunks, None, None, None)
     if penalty is not None:
