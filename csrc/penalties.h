@@ -2,6 +2,7 @@
 //
 // Written once for all C++ backends. A penalty is a struct of
 //
+//   kName       its name in r2_kernels/penalties.py, and what is true of it
 //   Row         its statistics, doubles in the order of `statistics` in r2_kernels/penalties.py; empty(), merge() and
 //               finalize() give the same numbers whichever way a segment was cut
 //   Sums<V>     what one lane adds up over a chunk: add() an entry, merge() another lane's; all of it is in `fields`.
@@ -167,6 +168,7 @@ struct Value {
 // ---- L∞: max|w| ----------------------------------------------------------------------------------------------------
 
 struct LInf {
+  static constexpr const char* kName = "linf";
   static constexpr bool kHasParameter = false;
   // Whether the gradient is zero outside the chunks whose own maximum is the segment's.
   static constexpr bool kIsSparse = true;
@@ -252,6 +254,7 @@ struct LInf {
 // ---- margin: |M| + Σ max(|w| - |M|, 0) -----------------------------------------------------------------------------
 
 struct Margin {
+  static constexpr const char* kName = "margin";
   static constexpr bool kHasParameter = true;
   static constexpr bool kIsSparse = false;
   static constexpr bool kIsOnePass = true;  // the slope needs no statistics
@@ -325,6 +328,7 @@ struct Margin {
 // ---- soft-min-max: s_max - s_min + exp(-a) -------------------------------------------------------------------------
 
 struct SoftMinMax {
+  static constexpr const char* kName = "soft_min_max";
   static constexpr bool kHasParameter = true;
   static constexpr bool kIsSparse = false;
   static constexpr bool kIsOnePass = false;
@@ -807,6 +811,15 @@ struct SoftMinMax {
     return {frame.maximum, frame.minimum, {sums[0], sums[1], sums[2]}, {sums[3], sums[4], sums[5]}};
   }
 };
+
+// ---- all of them ----------------------------------------------------------------------------------------------------
+
+template <class... Of>
+struct PenaltyList {
+  static constexpr int kCount = sizeof...(Of);
+};
+// What every table goes over. Their numbers are those of this list, their names what the operators take.
+using Penalties = PenaltyList<LInf, Margin, SoftMinMax>;
 
 }  // namespace R2_INSTRUCTION_SET
 }  // namespace r2

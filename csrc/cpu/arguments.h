@@ -15,11 +15,14 @@ namespace r2 {
 
 using torch::headeronly::ScalarType;
 
-inline PenaltyIndex penalty_index(const std::string& name) {
+// In the order of Penalties.
+inline int penalty_index(const std::string& name) {
+  std::string known;
   for (int i = 0; i < kPenaltyCount; ++i) {
-    if (name == kPenalties[i].name) return static_cast<PenaltyIndex>(i);
+    if (name == kPenalties[i].name) return i;
+    known += (i == 0 ? "'" : ", '") + std::string(kPenalties[i].name) + "'";
   }
-  STD_TORCH_CHECK(false, "penalty: expected 'linf', 'margin' or 'soft_min_max', got '", name, "'");
+  STD_TORCH_CHECK(false, "penalty: expected one of ", known, ", got '", name, "'");
 }
 
 // The entries of a tensor of shape (count,), float32 or float64.

@@ -1,4 +1,4 @@
-// Fills the table of kernels.h for the instruction set of the including file.
+// The penalties over chunks and spans, for the tables of kernels.h.
 #pragma once
 
 #include "chunk.h"
@@ -135,14 +135,5 @@ struct ForSpan {
   static constexpr SpanKernels table() { return {reduce, apply<false>, apply<true>, reduce_and_add}; }
 };
 
-#define R2_FOR_STORAGES(For, Penalty)                                                            \
-  {For<Penalty, float>::table(), For<Penalty, double>::table(), For<Penalty, BFloat16>::table(), \
-   For<Penalty, Half>::table()}
-#define R2_FOR_PENALTIES(For) \
-  {R2_FOR_STORAGES(For, LInf), R2_FOR_STORAGES(For, Margin), R2_FOR_STORAGES(For, SoftMinMax)}
-
 }  // namespace R2_INSTRUCTION_SET
-
-const InstructionSet R2_TABLE = {R2_NAME_OF_INSTRUCTION_SET, R2_FOR_PENALTIES(ForChunk), R2_FOR_PENALTIES(ForSpan)};
-
 }  // namespace r2

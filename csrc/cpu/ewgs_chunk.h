@@ -1,4 +1,4 @@
-// Fills the table of ewgs_kernels.h for the instruction set of the including file.
+// EWGS over chunks, for the table of ewgs_kernels.h.
 #pragma once
 
 #include "ewgs_kernels.h"
@@ -62,9 +62,8 @@ struct EwgsChunk {
   static constexpr EwgsKernels table() { return {forward, backward}; }
 };
 
+constexpr EwgsKernels kEwgs[kStorageCount] = {EwgsChunk<float>::table(), EwgsChunk<double>::table(),
+                                              EwgsChunk<BFloat16>::table(), EwgsChunk<Half>::table()};
+
 }  // namespace R2_INSTRUCTION_SET
-
-const EwgsTable R2_EWGS_TABLE = {
-    {EwgsChunk<float>::table(), EwgsChunk<double>::table(), EwgsChunk<BFloat16>::table(), EwgsChunk<Half>::table()}};
-
 }  // namespace r2

@@ -13,13 +13,4 @@ struct EwgsKernels {
                    const EwgsEnds& ends, int64_t levels, double delta, double* sums);
 };
 
-struct EwgsTable {
-  EwgsKernels kernels[kStorageCount];
-};
-
-// Of the instruction set that kernels.h chooses.
-const EwgsTable& ewgs_table();
-
-extern const EwgsTable kAvx512Ewgs, kAvx2Ewgs, kPortableEwgs;
-
 }  // namespace r2

@@ -50,7 +50,7 @@ Tensor ewgs_forward(Tensor given, Tensor ends_tensor, int64_t levels) {
   check_levels(levels);
   const Tensor values = dense(given);
   Tensor outputs = new_like(values, bytes_of(storage));
-  const EwgsKernels& kernels = ewgs_table().kernels[storage];
+  const EwgsKernels& kernels = instruction_set().ewgs[storage];
   const char* from = static_cast<const char*>(values.const_data_ptr());
   char* to = static_cast<char*>(outputs.mutable_data_ptr());
   const int64_t bytes = bytes_of(storage);
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> ewgs_backward(Tensor given, Tensor ends_tensor, Tenso
   Tensor result = new_like(values, bytes_of(storage));
   Tensor ends_gradient = torch::stable::empty({4}, ScalarType::Double, std::nullopt,
                                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  const EwgsKernels& kernels = ewgs_table().kernels[storage];
+  const EwgsKernels& kernels = instruction_set().ewgs[storage];
   const char* from = static_cast<const char*>(values.const_data_ptr());
   const char* of_outputs = static_cast<const char*>(gradient.const_data_ptr());
   char* to = static_cast<char*>(result.mutable_data_ptr());

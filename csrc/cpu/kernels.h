@@ -1,12 +1,14 @@
-// What an instruction set offers the operators: one entry per penalty and storage type, the same signatures for all.
+// What an instruction set offers the operators, with the same signatures for all.
 #pragma once
 
 #include <cstdint>
 
+#include "../penalties.h"
+
 namespace r2 {
 
 enum Storage : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kStorageCount };
-enum PenaltyIndex : int8_t { kLInf, kMargin, kSoftMinMax, kPenaltyCount };
+constexpr int kPenaltyCount = Penalties::kCount;
 
 // Over one chunk: `weight` and `gradient` point to `size` entries of the storage type, `row` to one row of statistics
 // (the chunk's for reduce, its whole segment's for apply), `parameter` is M or the temperature, 0 if there is none.
@@ -46,10 +48,15 @@ struct SpanKernels {
   void (*reduce_and_add)(const Span& span, SpanValues& values);
 };
 
+struct StepTable;
+struct EwgsKernels;
+
 struct InstructionSet {
   const char* name;
   ChunkKernels kernels[kPenaltyCount][kStorageCount];
   SpanKernels span_kernels[kPenaltyCount][kStorageCount];
+  const StepTable* steps;   // step_kernels.h
+  const EwgsKernels* ewgs;  // ewgs_kernels.h: by storage type
 };
 
 // The best one that this processor has.

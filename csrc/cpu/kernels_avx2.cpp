@@ -1,4 +1,4 @@
-// The chunk kernels for AVX2, 32-byte vectors.
+// All but the optimizers' steps for AVX2, 32-byte vectors.
 #if defined(__x86_64__)
 #define R2_INSTRUCTION_SET avx2
 #define R2_TABLE kAvx2
@@ -14,7 +14,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "chunk_kernels.h"
+#include "table.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

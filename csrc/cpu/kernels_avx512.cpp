@@ -1,4 +1,4 @@
-// The chunk kernels for AVX512, 64-byte vectors.
+// All but the optimizers' steps for AVX512, 64-byte vectors.
 #if defined(__x86_64__)
 #define R2_INSTRUCTION_SET avx512
 #define R2_TABLE kAvx512
@@ -15,7 +15,7 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
-#include "chunk_kernels.h"
+#include "table.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

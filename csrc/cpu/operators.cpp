@@ -85,7 +85,7 @@ struct Work {
 // The passes of one penalty over a list of segments; rows of chunks in `chunk_rows`, of segments in `rows`.
 class Passes {
  public:
-  Passes(PenaltyIndex index, const Segments& segments, PerSegment parameter, double* rows)
+  Passes(int index, const Segments& segments, PerSegment parameter, double* rows)
       : penalty_(kPenalties[index]),
         kernels_(instruction_set().kernels[index]),
         span_kernels_(instruction_set().span_kernels[index]),
@@ -264,7 +264,7 @@ ScalarType value_dtype(const Segments& segments) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(std::string name, std::vector<Tensor> weights,
                                                   std::optional<Tensor> parameter, int64_t group_size) {
-  const PenaltyIndex index = penalty_index(name);
+  const int index = penalty_index(name);
   const Segments segments(weights, group_size);
   const PenaltyEntry& penalty = kPenalties[index];
   Tensor statistics = new_tensor({segments.total(), penalty.row_size}, ScalarType::Double);
@@ -298,7 +298,7 @@ std::tuple<Tensor, Tensor> finalize(std::string name, Tensor statistics, std::op
 template <bool kAccumulate>
 void apply_to(const std::string& name, const Segments& segments, const std::optional<Tensor>& parameter,
               const Tensor& statistics, const Tensor& partials, const Tensor& coefficients) {
-  const PenaltyIndex index = penalty_index(name);
+  const int index = penalty_index(name);
   const PenaltyEntry& penalty = kPenalties[index];
   const Doubles rows = read_statistics(statistics, penalty, segments.total());
   const Doubles maxima(partials, "partials");
@@ -327,7 +327,7 @@ void apply_(std::string name, std::vector<Tensor> weights, std::optional<Tensor>
 
 std::tuple<Tensor, Tensor> reduce_apply_(std::string name, std::vector<Tensor> weights, std::optional<Tensor> parameter,
                                          Tensor coefficients, std::vector<Tensor> gradients, int64_t group_size) {
-  const PenaltyIndex index = penalty_index(name);
+  const int index = penalty_index(name);
   const PenaltyEntry& penalty = kPenalties[index];
   Segments segments(weights, group_size);
   PerSegment scalars = read_parameter(parameter, penalty, segments);

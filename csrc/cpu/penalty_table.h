@@ -37,8 +37,8 @@ struct RowFunctions {
   }
   static void save(const Row& row, double* to) { __builtin_memcpy(to, &row, sizeof(row)); }
 
-  static constexpr PenaltyEntry entry(const char* name) {
-    return {name,
+  static constexpr PenaltyEntry entry() {
+    return {Penalty::kName,
             sizeof(Row) / sizeof(double),
             Penalty::kHasParameter,
             Penalty::kIsSparse,
@@ -49,9 +49,12 @@ struct RowFunctions {
   }
 };
 
-// In the order of PenaltyIndex.
-inline constexpr PenaltyEntry kPenalties[kPenaltyCount] = {RowFunctions<LInf>::entry("linf"),
-                                                           RowFunctions<Margin>::entry("margin"),
-                                                           RowFunctions<SoftMinMax>::entry("soft_min_max")};
+template <class List>
+struct EntriesOf;
+template <class... Of>
+struct EntriesOf<PenaltyList<Of...>> {
+  static constexpr PenaltyEntry kAll[] = {RowFunctions<Of>::entry()...};
+};
+inline constexpr const PenaltyEntry (&kPenalties)[kPenaltyCount] = EntriesOf<Penalties>::kAll;
 
 }  // namespace r2

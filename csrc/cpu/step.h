@@ -291,9 +291,13 @@ constexpr StepKernels step_kernels() {
   return {step_chunk<AdamW, Penalty>, step_chunk<Sgd, Penalty>};
 }
 
+template <class... Of>
+constexpr StepTable step_table(PenaltyList<Of...>) {
+  return {{step_kernels<Of>()..., step_kernels<NoPenalty>()}};
+}
+
+extern const StepTable kSteps;
+constexpr StepTable kSteps = step_table(Penalties());
+
 }  // namespace R2_INSTRUCTION_SET
-
-const StepTable R2_STEP_TABLE = {
-    {step_kernels<LInf>(), step_kernels<Margin>(), step_kernels<SoftMinMax>(), step_kernels<NoPenalty>()}};
-
 }  // namespace r2

@@ -45,14 +45,9 @@ struct StepKernels {
   StepKernel<SgdScalars> sgd;
 };
 
-// By PenaltyIndex, and kPenaltyCount for none.
+// By penalty, and at kPenaltyCount for none.
 struct StepTable {
   StepKernels kernels[kPenaltyCount + 1];
 };
-
-// Of the instruction set that kernels.h chooses.
-const StepTable& step_table();
-
-extern const StepTable kAvx512Steps, kAvx2Steps, kPortableSteps;
 
 }  // namespace r2

@@ -214,7 +214,7 @@ void step_all(const StepTensors& tensors, const std::vector<Scalars>& scalars, S
     for (int64_t i = ranges[range].begin; i < ranges[range].end; ++i) {
       const ChunkPlace& place = segments.chunks()[i];
       const StepArrays arrays = tensors.at(place);
-      const auto kernel = step_table().kernels[watch.kernels_of(place.segment)].*rule;
+      const auto kernel = instruction_set().steps->kernels[watch.kernels_of(place.segment)].*rule;
       const bool has_row = kernel(arrays, scalars[place.segment], gradient_scale, watch.penalty_of(i, place.segment),
                                   rounding_key(seed, place), watch.row_of(i, place.segment));
       watch.gather(i, place.segment, arrays, has_row);

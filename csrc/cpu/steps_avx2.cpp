@@ -1,7 +1,6 @@
 // The optimizers' steps for AVX2, 32-byte vectors.
 #if defined(__x86_64__)
 #define R2_INSTRUCTION_SET avx2
-#define R2_STEP_TABLE kAvx2Steps
 #define R2_VECTOR_BYTES 32
 
 // Everything from the standard library and PyTorch comes before the pragma: the linker may take any copy of an inline

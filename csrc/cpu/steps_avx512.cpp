@@ -1,7 +1,6 @@
 // The optimizers' steps for AVX512, 64-byte vectors.
 #if defined(__x86_64__)
 #define R2_INSTRUCTION_SET avx512
-#define R2_STEP_TABLE kAvx512Steps
 #define R2_VECTOR_BYTES 64
 
 // Everything from the standard library and PyTorch comes before the pragma: the linker may take any copy of an inline

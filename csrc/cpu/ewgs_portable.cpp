@@ -1,7 +1,0 @@
-// EWGS for any processor: 128-bit vectors, which are SSE2 on x86 and NEON on aarch64.
-#define R2_INSTRUCTION_SET portable
-#define R2_EWGS_TABLE kPortableEwgs
-#define R2_VECTOR_BYTES 16
-
-#include "before_target.h"
-#include "ewgs_chunk.h"
