@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from r2_kernels.backends.triton import operators, segment_operators, step_operators
 from r2_kernels.backends.triton.apply_kernel import apply_chunks
+from r2_kernels.backends.triton.penalties import FUNCTIONS
 from r2_kernels.backends.triton.reduce_kernels import finalize_rows, merge_chunks, reduce_chunks
 from r2_kernels.backends.triton.segment_kernels import (
     apply_segments,
@@ -206,7 +207,7 @@ def read(compiled: Any, kernel: str, penalty: str, dtype: torch.dtype) -> Machin
     """The machine code of ``reduce``, ``apply`` or ``apply_``."""
     # How often an entry is loaded, and how often by one loop: a reduction with extremes looks twice, in two loops, and
     # the loop that adds to gradients loads these too.
-    looks = (2 if operators.EXTREMES[penalty] else 1) if kernel == "reduce" else 0
+    looks = (2 if FUNCTIONS[penalty].ends else 1) if kernel == "reduce" else 0
     streams = {"reduce": 0, "apply": 1, "apply_": 2}[kernel]
     return _read(compiled, dtype, streams, looks)
 
@@ -216,7 +217,7 @@ def read_step(compiled: Any, penalty: str | None, dtypes: Dtypes, variant: Varia
     # Arrays of narrower entries than the weight's are loaded by less than 16 bytes at a time, those of wider by more.
     arrays = [dtypes.weight, dtypes.gradient, *[dtypes.state] * variant.states]
     streams = sum(dtype.itemsize // dtypes.weight.itemsize for dtype in arrays)
-    looks = 1 if penalty is not None and operators.EXTREMES[penalty] else 0
+    looks = 1 if penalty is not None and FUNCTIONS[penalty].ends else 0
     return _read(compiled, dtypes.weight, streams, looks)
 
 

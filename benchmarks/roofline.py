@@ -30,8 +30,7 @@ from benchmarks.machine_code import (
     read_step,
     step_source,
 )
-from r2_kernels.backends.triton.operators import EXTREMES
-from r2_kernels.backends.triton.penalties import sums_per_chunk
+from r2_kernels.backends.triton.penalties import FUNCTIONS
 from r2_kernels.penalties import CHUNK_SIZE, PENALTIES
 
 
@@ -141,10 +140,10 @@ def predict_step(gpu: Gpu, step: str, penalty: str | None, dtypes: str) -> Itera
         return  # There is nothing to round.
     code = _step_code(step, penalty, dtypes, gpu.target)
     states = STEPS[step].states
-    sums = 0 if penalty is None else 2 * 4 * sums_per_chunk(penalty, False)
+    sums = 0 if penalty is None else _sum_bytes(penalty)
     per_chunk = 8 + 24 + 8 * (2 + states) + sums
     memory_bytes = 2 * weight.itemsize + gradient.itemsize + 2 * states * state.itemsize + per_chunk / CHUNK_SIZE
-    looks = 1 if penalty is not None and EXTREMES[penalty] else 0
+    looks = 1 if penalty is not None and FUNCTIONS[penalty].ends else 0
     by_exponentials = {round(path.exponentials_per_element): path for path in code.paths}
     for exponentials, path in by_exponentials.items():
         # The second look at the new weights is taken to go to the L2 cache, always.
@@ -180,14 +179,20 @@ def _prediction(
     )
 
 
+def _sum_bytes(penalty: str) -> int:
+    """Bytes of a chunk's sums, written and read, of entries up to float32."""
+    functions = FUNCTIONS[penalty]
+    return 2 * (8 if functions.is_in_float64 else 4) * functions.sums_of(torch.float32)
+
+
 def predict(gpu: Gpu, kernel: str, penalty: str, dtype: torch.dtype) -> Iterator[Prediction]:
     """One prediction per path that a full, aligned chunk may take: soft-min-max has cheap and costly temperatures."""
     code = _code(kernel, penalty, dtype, gpu.target)
     streams = {"reduce": 1, "apply": 2, "apply_": 3}[kernel]
     # A row of the table, a segment, and the chunk's sums, which are written, and read by the merge.
-    per_chunk = 8 + 24 + (2 * 4 * sums_per_chunk(penalty, False) if kernel == "reduce" else 8)
+    per_chunk = 8 + 24 + (_sum_bytes(penalty) if kernel == "reduce" else 8)
     memory_bytes = streams * dtype.itemsize + per_chunk / CHUNK_SIZE
-    looks = 2 if kernel == "reduce" and EXTREMES[penalty] else 1
+    looks = 2 if kernel == "reduce" and FUNCTIONS[penalty].ends else 1
     resident = code.occupancy * 2048 / code.threads * CHUNK_SIZE * dtype.itemsize
     l2_bytes = memory_bytes + (looks - 1) * dtype.itemsize * max(0.0, 1 - gpu.l1 / resident)
     name = str(dtype).removeprefix("torch.")

@@ -11,6 +11,7 @@ from torch import Tensor
 from r2_kernels.backends.triton import operators
 from r2_kernels.backends.triton.checks import check_scalars, check_stored
 from r2_kernels.backends.triton.ewgs_kernels import ewgs_backward_kernel, ewgs_forward_kernel
+from r2_kernels.backends.triton.penalty_functions import accumulator
 from r2_kernels.layout import is_dense
 
 BLOCK = 1024
@@ -47,7 +48,7 @@ def ewgs_backward(values: Tensor, ends: Tensor, gradient: Tensor, levels: int, d
 
 
 def _constants(values: Tensor, levels: int) -> dict[str, Any]:
-    return {"STEPS": float(levels - 1), "DTYPE": operators.accumulator(values.dtype), "BLOCK": BLOCK}
+    return {"STEPS": float(levels - 1), "DTYPE": accumulator(values.dtype), "BLOCK": BLOCK}
 
 
 def _check(values: Tensor, ends: Tensor, levels: int) -> None:

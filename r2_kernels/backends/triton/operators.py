@@ -15,7 +15,7 @@ from torch import Tensor
 from r2_kernels.backends.triton.apply_kernel import apply_chunks
 from r2_kernels.backends.triton.checks import check_float64, check_parameter, check_scalars
 from r2_kernels.backends.triton.chunk_table import DestinationTable, TableCache, WeightTable
-from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
+from r2_kernels.backends.triton.penalties import FUNCTIONS
 from r2_kernels.backends.triton.reduce_kernels import finalize_rows, merge_chunks, reduce_chunks
 from r2_kernels.penalties import CHUNK_SIZE, by_name
 
@@ -25,10 +25,6 @@ LANGUAGE_DTYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
-# How many extremes a penalty has, and ways to compute its sums and its gradients: ``penalties.py``.
-EXTREMES = {"linf": 1, "margin": 0, "soft_min_max": 2}
-REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 3}
-SLOPE_REGIMES = {"linf": 1, "margin": 1, "soft_min_max": 2}
 MERGE_LANES = 512
 FINALIZE_LANES = 128
 APPLY_THREADS = 128
@@ -122,14 +118,14 @@ def reduce_constants(penalty: str, dtype: torch.dtype, is_amd: bool = torch.vers
         "anchor": functions.anchor,
         "regime": functions.regime,
         "terms": functions.terms,
-        "EXTREMES": EXTREMES[penalty],
-        "REGIMES": REGIMES[penalty],
+        "EXTREMES": functions.ends,
+        "REGIMES": functions.regimes,
         "DTYPE": LANGUAGE_DTYPES[dtype],
-        "ACCUMULATOR": accumulator(dtype),
+        "ACCUMULATOR": functions.accumulator(dtype),
         "CHUNK": CHUNK_SIZE,
         "BLOCK": vector * threads,
         "VECTOR": vector,
-        "PACKED": EXTREMES[penalty] == 2 and dtype.itemsize == 2 and not is_amd,
+        "PACKED": functions.ends == 2 and dtype.itemsize == 2 and not is_amd,
         **_options(dtype, threads, is_amd),
     }
 
@@ -142,10 +138,10 @@ def merge_constants(penalty: str, dtype: torch.dtype) -> dict[str, Any]:
         "neutral": functions.neutral,
         "convert": functions.convert,
         "finalize": functions.finalize,
-        "EXTREMES": EXTREMES[penalty],
+        "EXTREMES": functions.ends,
         "STATISTICS": len(by_name(penalty).statistics),
-        "SUMS": sums_per_chunk(penalty, dtype is torch.float64),
-        "ACCUMULATOR": accumulator(dtype),
+        "SUMS": functions.sums_of(dtype),
+        "ACCUMULATOR": functions.accumulator(dtype),
         "CHUNK": CHUNK_SIZE,
         "LANES": MERGE_LANES,
         "num_warps": MERGE_LANES // 32,
@@ -162,10 +158,10 @@ def apply_constants(
         "prepare": functions.prepare,
         "gradient": functions.gradient,
         "slope_regime": functions.slope_regime,
-        "SLOPE_REGIMES": SLOPE_REGIMES[penalty],
+        "SLOPE_REGIMES": functions.slope_regimes,
         "STATISTICS": len(by_name(penalty).statistics),
         "DTYPE": LANGUAGE_DTYPES[dtype],
-        "ACCUMULATOR": accumulator(dtype),
+        "ACCUMULATOR": functions.accumulator(dtype),
         "CHUNK": CHUNK_SIZE,
         "BLOCK": APPLY_THREADS * (16 // dtype.itemsize),
         "ADD": add,
@@ -192,9 +188,11 @@ def _options(dtype: torch.dtype, threads: int, is_amd: bool) -> dict[str, int]:
     return {"num_warps": threads // 32} | ({"maxnreg": 64} if dtype is torch.float64 else {})
 
 
-def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """What entries of a dtype are computed in."""
-    return tl.float64 if dtype is torch.float64 else tl.float32
+def new_sums(penalty: str, like: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """Where the sums of ``count`` chunks or segments go, for values of that dtype: (SUMS, count)."""
+    functions = FUNCTIONS[penalty]
+    is_float64 = functions.is_in_float64 or dtype is torch.float64
+    return like.new_empty((functions.sums_of(dtype), count), dtype=torch.float64 if is_float64 else torch.float32)
 
 
 def _reduce(
@@ -210,7 +208,7 @@ def _reduce(
     slopes = new_empty(0 if rule.parameter is None else count, dtype=dtype)
     statistics = new_empty((count, len(rule.statistics)), dtype=torch.float64)
     partials = new_empty(table.chunks if rule.is_sparse else 0, dtype=torch.float64)
-    sums = new_empty((sums_per_chunk(penalty, table.is_float64), table.chunks), dtype=dtype)
+    sums = new_sums(penalty, like, dtype, table.chunks)
     shared = (table.segments, parameter, 0 if parameter is None else parameter.stride(0), sums, table.chunks)
     outputs = (statistics, values, slopes if len(slopes) else None, partials if rule.is_sparse else None)
     with on_device(like.device):

@@ -12,8 +12,9 @@ from torch import Tensor
 from r2_kernels.backends.triton import operators
 from r2_kernels.backends.triton.checks import check_float64, check_parameter, check_scalars
 from r2_kernels.backends.triton.chunk_table import TableCache
-from r2_kernels.backends.triton.operators import EXTREMES, LANGUAGE_DTYPES, REGIMES, SLOPE_REGIMES, accumulator, launch
-from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
+from r2_kernels.backends.triton.operators import LANGUAGE_DTYPES, launch, new_sums
+from r2_kernels.backends.triton.penalties import FUNCTIONS
+from r2_kernels.backends.triton.penalty_functions import Functions
 from r2_kernels.backends.triton.segment_kernels import (
     apply_segments,
     finish_segments,
@@ -22,9 +23,6 @@ from r2_kernels.backends.triton.segment_kernels import (
 )
 from r2_kernels.backends.triton.segment_table import LANES, TILE, SegmentTable
 from r2_kernels.penalties import Penalty, by_name
-
-# How many constants the gradient of a segment has: ``penalties.py``.
-CONSTANTS = {"linf": 3, "margin": 2, "soft_min_max": 10}
 
 _segment_tables: TableCache[SegmentTable] = TableCache()
 
@@ -92,11 +90,11 @@ def reduce_constants(penalty: str, dtype: torch.dtype, block: int, is_shared: bo
         "anchor": functions.anchor,
         "regime": functions.regime,
         "terms": functions.terms,
-        "EXTREMES": EXTREMES[penalty],
-        "REGIMES": REGIMES[penalty],
-        "SUMS": sums_per_chunk(penalty, dtype is torch.float64),
+        "EXTREMES": functions.ends,
+        "REGIMES": functions.regimes,
+        "SUMS": functions.sums_of(dtype),
         "SHARED": is_shared,
-        **_tile_constants(dtype, block),
+        **_tile_constants(functions, dtype, block),
     }
 
 
@@ -107,11 +105,11 @@ def finish_constants(penalty: str, dtype: torch.dtype, is_shared: bool) -> dict[
     return {
         "convert": functions.convert,
         "finalize": functions.finalize,
-        "EXTREMES": EXTREMES[penalty],
+        "EXTREMES": functions.ends,
         "STATISTICS": len(by_name(penalty).statistics),
-        "SUMS": sums_per_chunk(penalty, dtype is torch.float64),
+        "SUMS": functions.sums_of(dtype),
         "SHARED": is_shared,
-        **_lane_constants(dtype),
+        **_lane_constants(functions, dtype),
     }
 
 
@@ -124,38 +122,39 @@ def prepare_constants(
     return {
         "constants": functions.constants,
         "slope_regime": functions.slope_regime,
-        "SLOPE_REGIMES": SLOPE_REGIMES[penalty],
+        "SLOPE_REGIMES": functions.slope_regimes,
         "STATISTICS": len(by_name(penalty).statistics),
         "SHARED": is_shared,
         "SHARED_COEFFICIENTS": has_shared_coefficients,
-        **_lane_constants(dtype),
+        **_lane_constants(functions, dtype),
     }
 
 
 @cache
 def apply_constants(penalty: str, dtype: torch.dtype, block: int, add: bool) -> dict[str, Any]:
     """The compile-time arguments of ``apply_segments``."""
+    functions = FUNCTIONS[penalty]
     return {
-        "gradient": FUNCTIONS[penalty].gradient,
-        "SLOPE_REGIMES": SLOPE_REGIMES[penalty],
-        "CONSTANTS": CONSTANTS[penalty],
+        "gradient": functions.gradient,
+        "SLOPE_REGIMES": functions.slope_regimes,
+        "CONSTANTS": functions.constant_count,
         "ADD": add,
-        **_tile_constants(dtype, block),
+        **_tile_constants(functions, dtype, block),
     }
 
 
-def _tile_constants(dtype: torch.dtype, block: int) -> dict[str, Any]:
+def _tile_constants(functions: Functions, dtype: torch.dtype, block: int) -> dict[str, Any]:
     return {
         "DTYPE": LANGUAGE_DTYPES[dtype],
-        "ACCUMULATOR": accumulator(dtype),
+        "ACCUMULATOR": functions.accumulator(dtype),
         "ROWS": TILE // block,
         "BLOCK": block,
         "num_warps": 8,
     }
 
 
-def _lane_constants(dtype: torch.dtype) -> dict[str, Any]:
-    return {"ACCUMULATOR": accumulator(dtype), "LANES": LANES, "num_warps": LANES // 32}
+def _lane_constants(functions: Functions, dtype: torch.dtype) -> dict[str, Any]:
+    return {"ACCUMULATOR": functions.accumulator(dtype), "LANES": LANES, "num_warps": LANES // 32}
 
 
 def _reduce(
@@ -169,7 +168,7 @@ def _reduce(
     values = new_empty(table.count, dtype=dtype)
     slopes = new_empty(0 if rule.parameter is None else table.count, dtype=dtype)
     statistics = new_empty((table.count, len(rule.statistics)), dtype=torch.float64)
-    sums = new_empty((sums_per_chunk(penalty, table.is_float64), table.count), dtype=dtype)
+    sums = new_sums(penalty, weights[0], dtype, table.count)
     shared = (table.weights, parameter, 0 if parameter is None else parameter.stride(0), sums, table.count)
     outputs = (statistics, values, slopes if len(slopes) else None)
     with operators.on_device(weights[0].device):
@@ -198,8 +197,10 @@ def _apply(
     has_shared = len(coefficients) == len(weights)
     check_scalars(coefficients, "coefficients", len(weights) if has_shared else table.count, device)
     destinations = operators.destination_table(table, weights, gradients)
+    functions = FUNCTIONS[penalty]
+    is_float64 = functions.is_in_float64 or table.is_float64
     prepared = statistics.new_empty(
-        (1 + CONSTANTS[penalty], table.count), dtype=torch.float64 if table.is_float64 else torch.float32
+        (1 + functions.constant_count, table.count), dtype=torch.float64 if is_float64 else torch.float32
     )
     given = (parameter, 0 if parameter is None else parameter.stride(0), coefficients, coefficients.stride(0))
     prepare = (table.weights, *given, statistics.contiguous(), prepared, table.count)

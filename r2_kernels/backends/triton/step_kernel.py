@@ -286,10 +286,8 @@ def _update_blocks(
 @triton.jit
 def _rounded(values, dtype: tl.constexpr, key, offsets, ARRAY: tl.constexpr):
     """Entries as they are stored in the array of that number, by a key stochastically."""
-    if dtype == tl.bfloat16:
-        values = values.to(tl.float32)  # No processor rounds float64 to bfloat16 at once.
     if dtype == tl.bfloat16 and len(key) > 0:
-        stored = rounded_stochastically(values, key, offsets, ARRAY)
+        stored = rounded_stochastically(values.to(tl.float32), key, offsets, ARRAY)
     else:
         stored = narrowed(values, dtype)
     return stored

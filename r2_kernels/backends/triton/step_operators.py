@@ -13,8 +13,8 @@ from torch import Tensor
 
 from r2_kernels.backends.triton import operators
 from r2_kernels.backends.triton.checks import check_float64, check_parameter, check_scalars
-from r2_kernels.backends.triton.operators import EXTREMES, LANGUAGE_DTYPES, REGIMES, SLOPE_REGIMES
-from r2_kernels.backends.triton.penalties import FUNCTIONS, sums_per_chunk
+from r2_kernels.backends.triton.operators import LANGUAGE_DTYPES
+from r2_kernels.backends.triton.penalties import FUNCTIONS
 from r2_kernels.backends.triton.step_kernel import finish_tensors, step_chunks
 from r2_kernels.backends.triton.step_table import Dtypes, StepTable, StepTensors, find_tables
 from r2_kernels.backends.triton.update_rules import RULES
@@ -113,9 +113,9 @@ def step_constants(
         "update": rule.update,
         **{name: getattr(functions, name, None) for name in names},
         "STATISTICS": 0 if penalty is None else len(by_name(penalty).statistics),
-        "EXTREMES": 0 if penalty is None else EXTREMES[penalty],
-        "REGIMES": 0 if penalty is None else REGIMES[penalty],
-        "SLOPE_REGIMES": 0 if penalty is None else SLOPE_REGIMES[penalty],
+        "EXTREMES": getattr(functions, "ends", 0),
+        "REGIMES": getattr(functions, "regimes", 0),
+        "SLOPE_REGIMES": getattr(functions, "slope_regimes", 0),
         "STATES": variant.states,
         "IS_NESTEROV": variant.is_nesterov,
         "IS_MAXIMIZED": variant.is_maximized,
@@ -182,7 +182,7 @@ def _step(
     gathered: tuple[Any, ...] = (None, chunks, None, None, None)
     if penalty is not None:
         dtype = torch.float64 if table.is_float64 else torch.float32
-        sums = statistics.new_empty((sums_per_chunk(penalty, table.is_float64), chunks), dtype=dtype)
+        sums = operators.new_sums(penalty, statistics, dtype, chunks)
         values = statistics.new_empty(watched, dtype=dtype)
         gathered = (sums, chunks, statistics, values, partials if by_name(penalty).is_sparse else None)
     sums, _, found, _, maxima = gathered

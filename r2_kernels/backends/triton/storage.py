@@ -14,7 +14,7 @@ def widened(stored, dtype: tl.constexpr):
     """Stored entries in the precision ``dtype``, exactly."""
     if IS_INTERPRETED and stored.dtype == tl.bfloat16:
         bits = stored.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        return bits.to(tl.float32, bitcast=True)
+        return bits.to(tl.float32, bitcast=True).to(dtype)
     else:
         return stored.to(dtype)
 
@@ -22,6 +22,8 @@ def widened(stored, dtype: tl.constexpr):
 @triton.jit
 def narrowed(values, dtype: tl.constexpr):
     """Computed entries as they are stored, rounded to nearest, ties to even."""
+    if dtype == tl.bfloat16:
+        values = values.to(tl.float32)  # No processor rounds float64 to bfloat16 at once.
     if IS_INTERPRETED and dtype == tl.bfloat16:
         bits = values.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
