@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.peers import PEERS, has_penalty
 from benchmarks.shapes import MODELS, weights
-from r2_kernels.penalties import PENALTIES
+from r2_kernels.penalties import RANGE_PENALTIES
 
 # Eager PyTorch keeps several float32 copies of all weights: of a billion, more than most machines have. torch.compile
 # takes minutes for the hundred and more tensors of MobileNetV2.
@@ -20,7 +20,7 @@ TOO_MUCH = {"1B in bfloat16": ("eager PyTorch", "torch.compile"), "MobileNetV2":
 CASES = [
     (model, penalty, peer)
     for model in MODELS
-    for penalty in PENALTIES
+    for penalty in RANGE_PENALTIES
     for peer in PEERS
     if peer not in TOO_MUCH.get(model, ()) and has_penalty(peer, penalty)
 ]

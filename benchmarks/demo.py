@@ -33,7 +33,7 @@ from benchmarks.compression.regularization import TITLES
 from benchmarks.compression.spread import spread
 from benchmarks.peers import eager, in_place
 from benchmarks.shapes import weights
-from r2_kernels.penalties import PENALTIES
+from r2_kernels.penalties import RANGE_PENALTIES
 
 STEPS = 800
 QUICK_STEPS = 40
@@ -88,7 +88,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--penalty",
         action="append",
-        choices=[*PENALTIES, "all"],
+        choices=[*RANGE_PENALTIES, "all"],
         help="train with this penalty beside the plain network (repeatable; default: all)",
     )
     parser.add_argument(
@@ -112,7 +112,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     given = options.penalty or ["all"]
-    options.penalty = list(PENALTIES) if "all" in given else list(dict.fromkeys(given))
+    options.penalty = list(RANGE_PENALTIES) if "all" in given else list(dict.fromkeys(given))
     if options.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {options.seeds}")
     if options.strength is not None and not (options.strength > 0 and math.isfinite(options.strength)):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.peers import PEERS, has_penalty, parameter
 from benchmarks.shapes import MODELS, weights
-from r2_kernels.penalties import PENALTIES
+from r2_kernels.penalties import RANGE_PENALTIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_UP, REPEATS = 5, 30
@@ -55,7 +55,7 @@ def measured(model: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     yield {"penalty": None, "what": "torch.sum of one flat tensor"} | _timed(flat.sum, size)
-    for penalty in PENALTIES:
+    for penalty in RANGE_PENALTIES:
         for name, work in operators_of(penalty, tensors):
             yield {"penalty": penalty, "what": name} | _timed(work, STREAMS[name] * size)
         with torch.device("cuda"):  # where the peers make their M or temperature

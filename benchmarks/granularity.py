@@ -18,7 +18,7 @@ from benchmarks.peers import TEMPERATURE
 from benchmarks.shapes import MODELS, weights
 from r2_kernels import RangeRegularizer, segment_counts
 from r2_kernels.granularity import Granularity
-from r2_kernels.penalties import PENALTIES
+from r2_kernels.penalties import RANGE_PENALTIES
 
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", 128, 64, 32)
 
@@ -26,7 +26,7 @@ GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", 128, 64, 32)
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.granularity", description=__doc__)
     parser.add_argument("--model", default="GPT-2", choices=list(MODELS))
-    parser.add_argument("--penalty", action="append", choices=list(PENALTIES), help="only this one (repeatable)")
+    parser.add_argument("--penalty", action="append", choices=list(RANGE_PENALTIES), help="only this one (repeatable)")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of soft-min-max")
     parser.add_argument("--shared", action="store_true", help="one M or temperature per layer")
     parser.add_argument("--repetitions", type=int, default=7)
@@ -38,7 +38,7 @@ def main() -> None:
     print(f"{arguments.model}, {flat.numel() / 1e6:.0f} M weights, {torch.get_num_threads()} threads\n")
     print("| penalty | segment | segments | time, ms | in reads | in times per tensor |")
     print("|---|---|---|---|---|---|")
-    for penalty in arguments.penalty or PENALTIES:
+    for penalty in arguments.penalty or RANGE_PENALTIES:
         functions: dict[Granularity, Callable[[], object]] = {"read": flat.sum}
         for granularity in GRANULARITIES:
             functions[granularity] = step(parameters, penalty, granularity, arguments.temperature, arguments.shared)

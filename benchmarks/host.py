@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.peers import parameter
 from r2_kernels.backends.triton import operators
-from r2_kernels.penalties import PENALTIES
+from r2_kernels.penalties import RANGE_PENALTIES
 
 REPEATS, CALLS = 31, 50
 
@@ -31,7 +31,7 @@ def main() -> None:
     weights = [torch.randn(64, 64 + index % 7) for index in range(count)]
     gradients = [torch.zeros_like(weight) for weight in weights]
     coefficients = torch.ones(count)
-    for penalty in PENALTIES:
+    for penalty in RANGE_PENALTIES:
         scalars = next((scalar.detach() for scalar in parameter(penalty, count)), None)
         step = (penalty, weights, scalars, coefficients, gradients)
         _show(f"{penalty}: reduce_apply_", lambda step=step: operators.reduce_apply_(*step))

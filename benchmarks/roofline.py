@@ -31,7 +31,7 @@ from benchmarks.machine_code import (
     step_source,
 )
 from r2_kernels.backends.triton.penalties import FUNCTIONS
-from r2_kernels.penalties import CHUNK_SIZE, PENALTIES
+from r2_kernels.penalties import CHUNK_SIZE, RANGE_PENALTIES
 
 
 @dataclass(frozen=True)
@@ -243,10 +243,10 @@ def main() -> None:
     arguments = parser.parse_args()
     gpus = [GPUS[name] for name in arguments.gpu or GPUS]
     if arguments.steps:
-        cases = itertools.product(gpus, STEPS, (None, *PENALTIES), STEP_DTYPES)
+        cases = itertools.product(gpus, STEPS, (None, *RANGE_PENALTIES), STEP_DTYPES)
         rows = [row for case in cases for row in predict_step(*case)]
     else:
-        rows = [row for case in itertools.product(gpus, STREAMING, PENALTIES, DTYPES) for row in predict(*case)]
+        rows = [row for case in itertools.product(gpus, STREAMING, RANGE_PENALTIES, DTYPES) for row in predict(*case)]
     print("Predicted from compiled code, measured on nothing.\n")
     print(model_table(rows) if arguments.models else as_table(rows))
     if arguments.output is not None:

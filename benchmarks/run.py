@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import MODELS
-from r2_kernels.penalties import PENALTIES
+from r2_kernels.penalties import RANGE_PENALTIES
 
 TITLES = {"linf": "L∞", "margin": "margin", "soft_min_max": "soft-min-max"}
 
@@ -88,7 +88,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     colours = dict(zip(peers, ("#0b6e4f", "#6bbf59", "#8d99ae", "#2b2d42", "#bcb8b1"), strict=False))
     figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
     position, ticks = 0.0, []
-    for penalty in PENALTIES:
+    for penalty in RANGE_PENALTIES:
         cases = [row for row in rows if row["penalty"] == penalty]
         start = position
         for row in cases:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from r2_kernels import RangeRegularizer
-from r2_kernels.penalties import PENALTIES
+from r2_kernels.penalties import RANGE_PENALTIES
 
 STEPS = 31
 
@@ -29,7 +29,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = dist.init_device_mesh("cpu", (1,))
     print(f"{'µs a layer':16}{'plain':>10}{'DTensor':>10}")
-    for penalty in PENALTIES:
+    for penalty in RANGE_PENALTIES:
         plain = [torch.randn(8, 8) for _ in range(arguments.layers)]
         sharded = [distribute_tensor(weight, mesh, [Shard(0)]) for weight in plain]
         print(f"{penalty:16}" + "".join(f"{_median(penalty, weights):10.1f}" for weights in (plain, sharded)))

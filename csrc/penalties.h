@@ -9,7 +9,8 @@
 //               kIsFirstLook says whether reduce() may ask for them before it has seen all entries
 //   Slope<V>    the gradient with respect to an entry, from a finished row
 //   reduce()    which sums make the row of a chunk, and apply(), which slope its gradient; the chunk is the skeleton's
-//               and offers sum<Sums>(...) and apply<Slope>(...), with the arguments of their constructors
+//               and offers sum<Sums>(...) and apply<Slope>(...), with the arguments of their constructors, and itself
+//               in_float64(), one entry at a time, or widened() to vectors of float64
 //
 // V is a scalar or a vector of float or double: the same text serves SIMD lanes, the tail of a chunk and a GPU thread.
 // Constructors are written out, since a defaulted one ignores the target pragma, and the inline namespace keeps the
@@ -325,6 +326,28 @@ struct Margin {
   }
 };
 
+// ---- the extremes ---------------------------------------------------------------------------------------------------
+
+// They drop a NaN: the sums that follow keep it.
+template <class V>
+struct Extent {
+  static constexpr bool kIsFirstLook = true;
+
+  V fields[2];  // the maximum and the minimum
+
+  R2_INLINE Extent()
+      : fields{broadcast<V>(-std::numeric_limits<double>::infinity()),
+               broadcast<V>(std::numeric_limits<double>::infinity())} {}
+
+  R2_INLINE void add(V w) { include(fields, w, w); }
+  R2_INLINE void merge(const Extent& other) { include(fields, other.fields[0], other.fields[1]); }
+
+  static R2_INLINE void include(V* extent, V maximum, V minimum) {
+    extent[0] = select(maximum > extent[0], maximum, extent[0]);
+    extent[1] = select(minimum < extent[1], minimum, extent[1]);
+  }
+};
+
 // ---- soft-min-max: s_max - s_min + exp(-a) -------------------------------------------------------------------------
 
 struct SoftMinMax {
@@ -332,26 +355,6 @@ struct SoftMinMax {
   static constexpr bool kHasParameter = true;
   static constexpr bool kIsSparse = false;
   static constexpr bool kIsOnePass = false;
-
-  // The extremes. They drop a NaN: the sums that follow keep it.
-  template <class V>
-  struct Extent {
-    static constexpr bool kIsFirstLook = true;
-
-    V fields[2];  // the maximum and the minimum
-
-    R2_INLINE Extent()
-        : fields{broadcast<V>(-std::numeric_limits<double>::infinity()),
-                 broadcast<V>(std::numeric_limits<double>::infinity())} {}
-
-    R2_INLINE void add(V w) { include(fields, w, w); }
-    R2_INLINE void merge(const Extent& other) { include(fields, other.fields[0], other.fields[1]); }
-
-    static R2_INLINE void include(V* extent, V maximum, V minimum) {
-      extent[0] = select(maximum > extent[0], maximum, extent[0]);
-      extent[1] = select(minimum < extent[1], minimum, extent[1]);
-    }
-  };
 
   // What the exponentials of a chunk's sums, or of a segment's slopes, are anchored to: `center` is the middle of the
   // extremes as a lane of type T holds it, `reach` the distance from there to either, and `half` = |a|·reach decides
@@ -812,6 +815,140 @@ struct SoftMinMax {
   }
 };
 
+// ---- kurtosis: (K - 1.8)² ------------------------------------------------------------------------------------------
+
+// With c the middle of the extremes and r the distance from there to either, the sums are of powers of x = (w - c) / r.
+// All of it is computed in float64: of weights with outliers, the variance is a small part of these sums.
+struct Kurtosis {
+  static constexpr const char* kName = "kurtosis";
+  static constexpr bool kHasParameter = false;
+  static constexpr bool kIsSparse = false;
+  static constexpr bool kIsOnePass = false;
+
+  static constexpr double kUniform = 1.8;  // the kurtosis that is aimed at
+
+  struct Frame {
+    double center, reach, inverse;
+
+    Frame(double maximum, double minimum)
+        : center(maximum / 2 + minimum / 2),
+          reach(maximum / 2 - minimum / 2),
+          // Equal extremes are all there is: x is zero, or a NaN.
+          inverse(reach >= std::numeric_limits<double>::min() ? 1 / reach : 0) {}
+  };
+
+  template <class V>
+  struct Powers {
+    static constexpr bool kIsFirstLook = false;
+
+    V fields[4];
+    V center, inverse;
+
+    R2_INLINE explicit Powers(const Frame& frame)
+        : fields{V{}, V{}, V{}, V{}}, center(broadcast<V>(frame.center)), inverse(broadcast<V>(frame.inverse)) {}
+
+    R2_INLINE void add(V w) {
+      const V x = (w - center) * inverse, square = x * x;
+      fields[0] = fields[0] + x;
+      fields[1] = fields[1] + square;
+      fields[2] = fields[2] + square * x;
+      fields[3] = fields[3] + square * square;
+    }
+    R2_INLINE void merge(const Powers& other) {
+      for (int i = 0; i < 4; ++i) fields[i] = fields[i] + other.fields[i];
+    }
+  };
+
+  // Of x over a segment: the mean, the central moments and the kurtosis; whether all entries are equal.
+  struct Moments {
+    double mean, variance, third, kurtosis;
+    bool is_flat;
+  };
+
+  struct Row {
+    double maximum, minimum, count, first, second, third, fourth;
+
+    static Row empty() {
+      return {-std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity(), 0, 0, 0, 0, 0};
+    }
+    void merge(const Row& other, double /*parameter*/) {
+      const double ends[] = {other.maximum, other.minimum};
+      double merged[] = {maximum, minimum};
+      Extent<double>::include(merged, ends[0], ends[1]);
+      const Frame whole(merged[0], merged[1]);
+      const Row a = moved(whole), b = other.moved(whole);
+      *this = {merged[0],           merged[1],         a.count + b.count,  a.first + b.first,
+               a.second + b.second, a.third + b.third, a.fourth + b.fourth};
+    }
+    // The sums of powers of shift + scale·x, which is what x is in the frame of the whole.
+    Row moved(const Frame& whole) const {
+      if (count == 0) return empty();  // whose frame is none
+      const Frame own(maximum, minimum);
+      const double shift = (own.center - whole.center) * whole.inverse, scale = own.reach * whole.inverse;
+      const double x1 = scale * first, x2 = scale * scale * second, x3 = scale * scale * scale * third;
+      const double x4 = scale * scale * scale * scale * fourth;
+      return {maximum,
+              minimum,
+              count,
+              x1 + shift * count,
+              x2 + shift * (2 * x1 + shift * count),
+              x3 + shift * (3 * x2 + shift * (3 * x1 + shift * count)),
+              x4 + shift * (4 * x3 + shift * (6 * x2 + shift * (4 * x1 + shift * count)))};
+    }
+    Moments moments() const {
+      if (second == 0) return {0, 1, 0, 0, true};
+      const double mean = first / count, square = second / count, cube = third / count;
+      const double variance = square - mean * mean;
+      const double fourth_moment = fourth / count - 4 * mean * cube + 6 * mean * mean * square - 3 * power(mean, 4);
+      return {mean, variance, cube - 3 * mean * square + 2 * power(mean, 3), fourth_moment / (variance * variance),
+              false};
+    }
+    Value finalize(double /*parameter*/) const {
+      const Moments of = moments();
+      return {of.is_flat ? 0 : power(of.kurtosis - kUniform, 2), 0};
+    }
+  };
+
+  // A cubic in x minus its mean.
+  template <class V>
+  struct Slope {
+    V center, inverse, mean, cubic, linear, constant;
+
+    R2_INLINE explicit Slope(const Row& row, double coefficient) {
+      const Frame frame(row.maximum, row.minimum);
+      const Moments of = row.moments();
+      const double deviation = std::sqrt(of.variance), variance = of.variance;
+      const double scale =
+          of.is_flat ? 0 : coefficient * 8 * (of.kurtosis - kUniform) * frame.inverse / (row.count * deviation);
+      center = broadcast<V>(frame.center);
+      inverse = broadcast<V>(frame.inverse);
+      mean = broadcast<V>(of.mean);
+      cubic = broadcast<V>(scale / (variance * deviation));
+      linear = broadcast<V>(scale * of.kurtosis / deviation);
+      constant = broadcast<V>(scale * of.third / (variance * deviation));
+    }
+
+    R2_INLINE V operator()(V w) const {
+      const V y = (w - center) * inverse - mean;
+      return y * (y * y * cubic - linear) - constant;
+    }
+  };
+
+  template <class Chunk>
+  static Row reduce(const Chunk& chunk, double /*parameter*/) {
+    if (chunk.size() == 0) return Row::empty();
+    const Extent<double> extent = chunk.template sum<Extent>();
+    const double maximum = extent.fields[0], minimum = extent.fields[1];
+    const Powers<double> sums = chunk.widened().template sum<Powers>(Frame(maximum, minimum));
+    return {maximum,        minimum,       static_cast<double>(chunk.size()), sums.fields[0], sums.fields[1],
+            sums.fields[2], sums.fields[3]};
+  }
+  template <class Chunk>
+  static void apply(const Chunk& chunk, const Row& row, double /*parameter*/, double coefficient) {
+    chunk.widened().template apply<Slope>(row, coefficient);
+  }
+};
+
 // ---- all of them ----------------------------------------------------------------------------------------------------
 
 template <class... Of>
@@ -819,7 +956,7 @@ struct PenaltyList {
   static constexpr int kCount = sizeof...(Of);
 };
 // What every table goes over. Their numbers are those of this list, their names what the operators take.
-using Penalties = PenaltyList<LInf, Margin, SoftMinMax>;
+using Penalties = PenaltyList<LInf, Margin, SoftMinMax, Kurtosis>;
 
 }  // namespace R2_INSTRUCTION_SET
 }  // namespace r2

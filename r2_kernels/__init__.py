@@ -2,7 +2,7 @@
 
 from r2_kernels import optim, reference
 from r2_kernels.backends import use_backend
-from r2_kernels.functional import linf, margin, soft_min_max
+from r2_kernels.functional import kurtosis, linf, margin, soft_min_max
 from r2_kernels.granularity import segment_counts
 from r2_kernels.quantizers import ewgs
 from r2_kernels.regularizer import RangeRegularizer
@@ -10,6 +10,7 @@ from r2_kernels.regularizer import RangeRegularizer
 __all__ = [
     "RangeRegularizer",
     "ewgs",
+    "kurtosis",
     "linf",
     "margin",
     "optim",

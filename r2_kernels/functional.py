@@ -3,7 +3,7 @@
 Source of the formulas: Kundu, Yoo, Mishra, Cho and Adya, "R²: Range Regularization for Model Compression and
 Quantization", arXiv 2303.08253; closed forms of the gradients in ``docs/derivation.md``.
 
-All three take a sequence of N tensors of any shapes on one device, of dtype float32, bfloat16, float16 or float64,
+All take a sequence of N tensors of any shapes on one device, of dtype float32, bfloat16, float16 or float64,
 mixed allowed; dense layouts (transposed, channels-last) are read in place, others are copied. They return a value per
 segment, float32, or float64 where a weight is float64, whatever is summed being accumulated in float32 or wider. A NaN
 makes its segment's value NaN and leaves the others as they are. Gradients are first-order only.
@@ -68,6 +68,29 @@ def margin(weights: Sequence[Tensor], margin: Tensor, *, granularity: Granularit
     check_shards(weights, group_size_of(granularity))
     check_parameter(margin, "margin", weights, granularity)
     return ops.PenaltyFunction.apply("margin", group_size_of(granularity), margin, *weights)
+
+
+def kurtosis(weights: Sequence[Tensor], *, granularity: Granularity = "tensor") -> Tensor:
+    """``(K - 1.8)^2`` of each segment, K its kurtosis: KURE, which pulls weights towards a uniform distribution.
+
+    Source: Shkolnik et al., "Robust Quantization: One Model to Rule Them All", arXiv 2002.07686. ``K`` is
+    ``mean(((w - mean(w)) / std(w))^4)``, 1.8 for uniform weights and 3 for normal ones; a segment whose entries are all
+    equal has the value 0 and no gradient. Computed in float64 whatever the weights' dtype.
+
+    Args:
+        weights: N tensors, as the module's text says.
+        granularity: what a segment is: ``"tensor"``, ``"channel"`` or the size of a group.
+
+    Returns:
+        The values, shape (segments,).
+
+    Raises:
+        TypeError: ``weights`` is no sequence of dense floating-point tensors.
+        ValueError: no weights, one without elements, weights on several devices, or no granularity.
+    """
+    check_weights(weights)
+    check_shards(weights, group_size_of(granularity))
+    return ops.PenaltyFunction.apply("kurtosis", group_size_of(granularity), None, *weights)
 
 
 def soft_min_max(weights: Sequence[Tensor], temperature: Tensor, *, granularity: Granularity = "tensor") -> Tensor:

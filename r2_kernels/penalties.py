@@ -11,6 +11,7 @@ tensors that the operators in ``ops.py`` exchange.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 # Elements per chunk: the unit that one thread or block reduces at a time, fixed so that results do not depend on how
 # many of them there are. 64 KiB of float32, so that a chunk stays in a core's L2 cache between two looks at it.
 CHUNK_SIZE = 16384
+# Of a uniform distribution: what KURE pushes the kurtosis of weights to.
+UNIFORM_KURTOSIS = 1.8
 
 
 class Penalty(ABC):
@@ -158,6 +161,73 @@ class SoftMinMax(Penalty):
         return slope * _direction(parameter)
 
 
+class Kurtosis(Penalty):
+    """``(K - 1.8)^2``, K the kurtosis: KURE. 0 where all entries are equal, which have none.
+
+    With c the middle of the hard maximum and minimum and r the distance from there to either, the sums are of x^k,
+    x = (w - c) / r: within [-1, 1] whatever the weights' magnitude, and never near zero, since both ends are in them.
+    """
+
+    name = "kurtosis"
+    statistics = ("maximum", "minimum", "count", "first", "second", "third", "fourth")
+    maxima = (0,)
+    minima = (1,)
+
+    def reduce(self, weight: Tensor, parameter: Tensor) -> Tensor:
+        if weight.numel() == 0:
+            return weight.new_tensor([-torch.inf, torch.inf, 0, 0, 0, 0, 0])
+        ends = torch.stack([weight.amax(), weight.amin()])
+        center, inverse = _frame(ends[0], ends[1])
+        x = (weight - center).flatten() * inverse
+        return torch.cat([ends, torch.stack([(x**power).sum() for power in range(5)])])
+
+    def merge(self, parts: Tensor, parameter: Tensor) -> Tensor:
+        maximum, minimum = parts[..., 0].amax(0), parts[..., 1].amin(0)
+        centers, _ = _frame(parts[..., 0], parts[..., 1])
+        center, inverse = _frame(maximum, minimum)
+        count, *sums = parts[..., 2:].unbind(-1)
+        # An empty part has no center of its own. The powers of shift + scale·x are then the binomial sums.
+        shift = torch.where(count == 0, 0, (centers - center) * inverse)
+        scale = torch.where(count == 0, 0, (parts[..., 0] / 2 - parts[..., 1] / 2) * inverse)
+        powers = [count, *sums]
+        moved = []
+        for k in range(5):
+            terms = [math.comb(k, j) * shift ** (k - j) * scale**j * powers[j] for j in range(k + 1)]
+            moved.append(torch.stack(terms).sum((0, 1)))
+        return torch.stack([maximum, minimum, *moved], -1)
+
+    def finalize(self, statistics: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        _, _, kurtosis, is_flat = self._moments(statistics)
+        return torch.where(is_flat, 0, (kurtosis - UNIFORM_KURTOSIS) ** 2), statistics.new_empty(0)
+
+    def gradient(self, weight: Tensor, statistics: Tensor, parameter: Tensor) -> Tensor:
+        mean, deviation, kurtosis, is_flat = self._moments(statistics)
+        center, inverse = _frame(statistics[0], statistics[1])
+        count, third = statistics[2], statistics[5]
+        z = ((weight - center) * inverse - mean) / deviation
+        second = deviation**2 + mean**2
+        skewness = (third / count - 3 * mean * second + 2 * mean**3) / deviation**3
+        scale = 8 * (kurtosis - UNIFORM_KURTOSIS) / (count * deviation) * inverse
+        return torch.where(is_flat, 0, scale * (z**3 - skewness - kurtosis * z))
+
+    @staticmethod
+    def _moments(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean and standard deviation of x, the kurtosis, and whether all entries are equal."""
+        count, first, second, third, fourth = statistics[..., 2:].unbind(-1)
+        is_flat = second == 0
+        count = torch.where(is_flat, 1, count)
+        mean, second, third, fourth = first / count, second / count, third / count, fourth / count
+        variance = torch.where(is_flat, 1, second - mean**2)
+        central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+        return mean, variance.sqrt(), central / variance**2, is_flat
+
+
+def _frame(maximum: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+    """The middle of the ends, and one over the distance from there to either, 0 where they are equal."""
+    reach = maximum / 2 - minimum / 2
+    return maximum / 2 + minimum / 2, torch.where(reach >= torch.finfo(reach.dtype).tiny, 1 / reach, 0)
+
+
 def _shift_moments(moments: Tensor, shift: Tensor, temperature: Tensor) -> Tensor:
     """Sums of u^k·exp(temperature·u), k = 0, 1, 2, last dimension, after every distance u has grown by ``shift``."""
     z, s, q = moments.unbind(-1)
@@ -171,7 +241,9 @@ def _direction(temperature: Tensor) -> Tensor:
     return torch.where(temperature < 0, -1.0, 1.0).to(temperature.dtype)
 
 
-PENALTIES: dict[str, Penalty] = {penalty.name: penalty for penalty in (LInf(), Margin(), SoftMinMax())}
+# Those of R², on the range of weights; the others are their peers.
+RANGE_PENALTIES = ("linf", "margin", "soft_min_max")
+PENALTIES: dict[str, Penalty] = {penalty.name: penalty for penalty in (LInf(), Margin(), SoftMinMax(), Kurtosis())}
 
 
 def by_name(name: str) -> Penalty:

@@ -1,7 +1,8 @@
-"""The specification: the three penalties in plain PyTorch, differentiable by autograd alone.
+"""The specification: the penalties in plain PyTorch, differentiable by autograd alone.
 
 Every other implementation is tested against these functions, run in float64. They are written to be read, not to be
-fast: one tensor after the other, each formula as the paper states it (arXiv 2303.08253, section 3).
+fast: one tensor after the other, each formula as its paper states it (arXiv 2303.08253, section 3, and for kurtosis
+arXiv 2002.07686).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from r2_kernels.granularity import Granularity, group_size_of, segments
+from r2_kernels.penalties import UNIFORM_KURTOSIS
 from r2_kernels.validation import check_parameter, check_weights, value_dtype
 
 
@@ -41,6 +43,19 @@ def soft_min_max(weights: Sequence[Tensor], temperature: Tensor, *, granularity:
     check_weights(weights)
     check_parameter(temperature, "temperature", weights, granularity)
     return _each(weights, temperature, granularity, _soft_range)
+
+
+def kurtosis(weights: Sequence[Tensor], *, granularity: Granularity = "tensor") -> Tensor:
+    """``(K - 1.8)^2`` of each segment, K its kurtosis, ``mean(((w - mean(w)) / std(w))^4)``; 0 where it is constant."""
+    check_weights(weights)
+    return _each(weights, None, granularity, _squared_excess)
+
+
+def _squared_excess(weight: Tensor, _: None) -> Tensor:
+    is_constant = weight.amax() - weight.amin() == 0
+    centered = weight - weight.mean()
+    variance = torch.where(is_constant, 1, centered.square().mean())
+    return torch.where(is_constant, 0, ((centered / variance.sqrt()).pow(4).mean() - UNIFORM_KURTOSIS).square())
 
 
 def _soft_range(weight: Tensor, temperature: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class RangeRegularizer(nn.Module):
 
     Args:
         model: a module, or an iterable of (name, parameter).
-        penalty: ``"linf"``, ``"margin"`` or ``"soft_min_max"``.
+        penalty: ``"linf"``, ``"margin"`` or ``"soft_min_max"``, or their peer ``"kurtosis"``.
         strength: what the penalty is multiplied with: a number, a sequence or tensor of one per layer, or a function
             of the step that returns a number. A step is one ``add_gradients_()`` or, in training mode, one ``reg()``.
             None of these, whatever it changes to, makes ``torch.compile`` compile a step anew.

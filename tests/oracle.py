@@ -11,8 +11,8 @@ from torch import Tensor
 import r2_kernels
 from r2_kernels import reference
 
-PENALTIES = ("linf", "margin", "soft_min_max")
-PARAMETERS = {"linf": None, "margin": "margin", "soft_min_max": "temperature"}
+PENALTIES = ("linf", "margin", "soft_min_max", "kurtosis")
+PARAMETERS = {"linf": None, "margin": "margin", "soft_min_max": "temperature", "kurtosis": None}
 
 
 # Rounding of float64 itself in what follows; it matters where the exact result is zero.
@@ -23,7 +23,8 @@ class Expected(NamedTuple):
     """All float64 on the CPU: values (N,), gradients like the weights, parameter_gradient (N,) or None.
 
     The scales are what rounding is relative to: the value itself, or where signs let the terms of a sum cancel, the sum
-    of their magnitudes. For soft-min-max these are the soft range and exp(-a), the variances and exp(-a).
+    of their magnitudes. For soft-min-max these are the soft range and exp(-a), the variances and exp(-a). The noises
+    are float64's own in the sum of a weight's gradients.
     """
 
     values: Tensor
@@ -31,6 +32,7 @@ class Expected(NamedTuple):
     parameter_gradient: Tensor | None
     value_scales: Tensor
     parameter_scales: Tensor | None
+    noises: list[float]
 
 
 def call(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None = None) -> Tensor:
@@ -49,7 +51,7 @@ def expected(
 ) -> Expected:
     """Values and gradients of ``(coefficients * values).sum()`` of the same stored numbers, in float64."""
     doubles = [weight.detach().cpu().double().clone() for weight in weights]
-    if penalty == "soft_min_max":
+    if penalty in ("soft_min_max", "kurtosis"):
         doubles = [_centered(double) for double in doubles]
     for double in doubles:
         double.requires_grad_()
@@ -60,26 +62,32 @@ def expected(
     gradients = list(torch.autograd.grad(values, inputs, upstream))
     parameter_gradient = None if scalars is None else gradients.pop()
     values = values.detach()
+    noises = [NOISE] * len(weights)
+    if penalty == "kurtosis":
+        excess = values.sqrt()  # K is at most 1.8 and this; the terms of a gradient are K and its powers over std(w).
+        deviations = torch.stack([double.detach().std(correction=0) for double in doubles])
+        noises = (NOISE * (2.8 + excess) ** 2 / deviations).nan_to_num(NOISE, NOISE, NOISE).tolist()
+        return Expected(values, gradients, None, values + 1.8 * excess, None, noises)
     if penalty != "soft_min_max":
         scales = None if parameter_gradient is None else parameter_gradient.abs()
-        return Expected(values, gradients, parameter_gradient, values.abs(), scales)
+        return Expected(values, gradients, parameter_gradient, values.abs(), scales, noises)
     aging = torch.exp(-scalars.detach())
     variances = parameter_gradient + upstream * aging
     extents = torch.stack([double.detach().amax() - double.detach().amin() for double in doubles])
     noise = torch.where(extents.isfinite(), NOISE * extents.square() / 1e-5, 0)
     scales = variances.abs() + (upstream * aging).abs() + noise
-    return Expected(values, gradients, parameter_gradient, (values - aging).abs() + aging, scales)
+    return Expected(values, gradients, parameter_gradient, (values - aging).abs() + aging, scales, noises)
 
 
 def _centered(weight: Tensor) -> Tensor:
-    """A soft range does not depend on where zero is; far from zero, float64 itself would be the less exact one."""
+    """What does not depend on where zero is: far from there, float64 itself would be the less exact one."""
     middle = (weight.amax() / 2 + weight.amin() / 2) if weight.numel() else weight.new_zeros(())
     return weight - torch.where(middle.isfinite(), middle, 0)
 
 
 def default_parameter(penalty: str, weights: Sequence[Tensor]) -> Tensor | None:
     """An M or a temperature that puts every part of the formula to work: some weights outside M, a soft softmax."""
-    if penalty == "linf":
+    if PARAMETERS[penalty] is None:
         return None
     scale = torch.stack([weight.detach().double().abs().mean() for weight in weights])
     scale = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
-from r2_kernels import RangeRegularizer, linf, margin, soft_min_max
+from r2_kernels import RangeRegularizer, kurtosis, linf, margin, soft_min_max
 from r2_kernels.distributed import whole
 from r2_kernels.optim import SGD, AdamW
 
@@ -26,8 +26,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-PENALTIES: dict[str, Callable[..., Tensor]] = {"linf": linf, "margin": margin, "soft_min_max": soft_min_max}
-STARTS: dict[str, dict[str, Any]] = {"linf": {}, "margin": {"margin": 1.0}, "soft_min_max": {"temperature": 3.0}}
+PENALTIES: dict[str, Callable[..., Tensor]] = {
+    "linf": linf,
+    "margin": margin,
+    "soft_min_max": soft_min_max,
+    "kurtosis": kurtosis,
+}
+STARTS: dict[str, dict[str, Any]] = {"margin": {"margin": 1.0}, "soft_min_max": {"temperature": 3.0}}
 
 
 def _started(rank: int, size: int, folder: str, checks: Callable[[Path], None]) -> None:
@@ -56,7 +61,7 @@ def _weights(dtype: torch.dtype) -> list[Tensor]:
 
 
 def _compare(penalty: str, weights: list[Tensor], sharded: list[Tensor]) -> None:
-    parameter = None if penalty == "linf" else torch.linspace(0.3, 2.0, len(weights))
+    parameter = None if penalty in ("linf", "kurtosis") else torch.linspace(0.3, 2.0, len(weights))
     results = []
     for given in (weights, sharded):
         leaves = [weight.detach().clone().requires_grad_() for weight in given]
@@ -75,7 +80,7 @@ def _compare(penalty: str, weights: list[Tensor], sharded: list[Tensor]) -> None
         tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(weight.grad.abs().nan_to_num().max())}
         if weight.dtype is torch.bfloat16:
             tolerance["rtol"] = 2**-7
-        if penalty != "soft_min_max":
+        if penalty in ("linf", "margin"):
             tolerance = exact
         torch.testing.assert_close(shard.grad.full_tensor(), weight.grad, equal_nan=True, **tolerance)
     if own is not None:
@@ -108,7 +113,7 @@ def _model() -> nn.Sequential:
 
 
 def _train(model: nn.Module, penalty: str, is_fused: bool, share: slice) -> tuple[RangeRegularizer, list[Tensor]]:
-    reg = RangeRegularizer(model, penalty, strength=0.05, **STARTS[penalty])
+    reg = RangeRegularizer(model, penalty, strength=0.05, **STARTS.get(penalty, {}))
     groups = [{"params": model.parameters()}, {"params": reg.parameters(), "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.01, foreach=True)
     torch.manual_seed(3)
@@ -154,7 +159,9 @@ def _continued(
     model: nn.Module, penalty: str, source: Path | None, target: Path | None, steps: int = 2
 ) -> RangeRegularizer:
     """Steps from the checkpoint, or from the start, each of which depends on the count of those before."""
-    start = {name: 1.5 * number for name, number in STARTS[penalty].items()} if source else STARTS[penalty]
+    start = STARTS.get(penalty, {})
+    if source:
+        start = {name: 1.5 * number for name, number in start.items()}
     reg = RangeRegularizer(model, penalty, strength=lambda step: 0.05 * (step + 1), **start)
     if source:
         state = {"model": model.state_dict(), "reg": reg.state_dict()}
@@ -190,7 +197,7 @@ def _layers(shapes: list[tuple[int, int]], mesh: Any, placement: Any) -> list[tu
 def _nan_of_the_last_rank_is_everybodys(mesh: Any) -> None:
     for penalty in PENALTIES:
         layers = _layers([(4, 3), (6, 2)], mesh, Shard(0))
-        reg = RangeRegularizer(layers, penalty, **STARTS[penalty])
+        reg = RangeRegularizer(layers, penalty, **STARTS.get(penalty, {}))
         if dist.get_rank() == dist.get_world_size() - 1:
             layers[1][1].detach().to_local()[-1, -1] = torch.nan
         with pytest.raises(FloatingPointError, match=r"not finite for 'layer1'$"):
@@ -218,10 +225,10 @@ def _fused_optimizers_refuse(mesh: Any) -> None:
 
 
 def _few_collectives(mesh: Any) -> None:
-    for penalty, most in (("linf", 2), ("margin", 1), ("soft_min_max", 2)):
+    for penalty, most in (("linf", 2), ("margin", 1), ("soft_min_max", 2), ("kurtosis", 2)):
         for count in (1, 50):
             layers = _layers([(5, 4)] * count, mesh, Shard(0))
-            reg = RangeRegularizer(layers, penalty, **STARTS[penalty])
+            reg = RangeRegularizer(layers, penalty, **STARTS.get(penalty, {}))
             weights, own = reg.weights(), reg.own_parameter()
             with CommDebugMode() as collectives:
                 PENALTIES[penalty](weights, *([] if own is None else [own])).sum().backward()

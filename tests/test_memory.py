@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import PENALTIES, default_parameter
+from oracle import PARAMETERS, PENALTIES, default_parameter
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -126,7 +126,7 @@ def test_more_elements_than_31_bits_count(penalty: str) -> None:
     weights = [lazy_zeros(count, torch.bfloat16), torch.tensor([1.0, -2.0])]
     weights[0][2**31 + 5] = -3.0
     weights[0][7] = 2.0
-    parameter = None if penalty == "linf" else torch.tensor([0.5, 0.5])
+    parameter = None if PARAMETERS[penalty] is None else torch.tensor([0.5, 0.5])
     values, slopes, statistics, partials = ops.kernel("reduce", weights[0].device)(penalty, weights, parameter)
     if penalty == "linf":
         assert values.tolist() == [3.0, 2.0]
@@ -140,6 +140,10 @@ def test_more_elements_than_31_bits_count(penalty: str) -> None:
     elif penalty == "margin":
         assert values.tolist() == pytest.approx([0.5 + 1.5 + 2.5, 0.5 + 0.5 + 1.5])
         assert slopes.tolist() == [-1.0, -1.0]
+    elif penalty == "kurtosis":
+        # Of a two and a minus three among zeros the fourth moment is 97 / n, the variance 13 / n.
+        assert values[0].item() == pytest.approx((97 * count / 13**2 - 1.8) ** 2, rel=1e-6)
+        assert values[1].item() == pytest.approx((1 - 1.8) ** 2)
     else:
         rule = by_name(penalty)
         maximum, minimum, z_upper, *_ = statistics[0].tolist()

@@ -51,6 +51,18 @@ def test_margin_by_hand() -> None:
     assert margin.grad.tolist() == [-1.0 * (1 - 2)]
 
 
+def test_kurtosis_by_hand() -> None:
+    # Of -1, -1, 1, 1 all moments are one; of 0, 0, 0, 4 the variance is 3, the fourth moment 21.
+    values = reference.kurtosis([torch.tensor([-1.0, -1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 4.0])])
+    torch.testing.assert_close(values, torch.tensor([(1 - 1.8) ** 2, (21 / 9 - 1.8) ** 2]))
+    assert reference.kurtosis([torch.rand(200_000)]).item() < 1e-3
+    constant = torch.full((3, 5), 0.1, requires_grad=True)
+    value = reference.kurtosis([constant])
+    value.backward()
+    assert value.item() == 0
+    assert not constant.grad.any()
+
+
 def test_soft_min_max_by_hand() -> None:
     """Two values, 0 and 1: p = (1/(1 + e^a), e^a/(1 + e^a)), and q is its mirror image."""
     a = 1.7
@@ -168,7 +180,7 @@ def test_only_empty_parts(penalty: str) -> None:
     nothing = rule.reduce(torch.empty(0, dtype=torch.float64), scalar[0])
     merged = rule.merge(torch.stack([nothing, nothing, nothing])[:, None], scalar)
     assert merged[0].tolist() == nothing.tolist()
-    value = {"linf": 0.0, "margin": 0.4, "soft_min_max": math.exp(-0.4)}[penalty]
+    value = {"margin": 0.4, "soft_min_max": math.exp(-0.4)}.get(penalty, 0.0)
     assert rule.finalize(merged, scalar)[0].item() == pytest.approx(value)
 
 
@@ -193,5 +205,5 @@ def test_the_rules_cover_the_public_penalties() -> None:
 
 @pytest.mark.parametrize("name", ["l2", "", "LINF", None, ["linf"]])
 def test_an_unknown_penalty(name: object) -> None:
-    with pytest.raises(ValueError, match=r"penalty: expected one of 'linf', 'margin', 'soft_min_max', got"):
+    with pytest.raises(ValueError, match=r"penalty: expected one of 'linf', 'margin', 'soft_min_max', 'kurtosis', got"):
         by_name(name)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import PENALTIES, call, default_parameter
+from oracle import PARAMETERS, PENALTIES, call, default_parameter
 from tensors import randn
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def test_through_autograd(penalty: str) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(1)
         weights = [randn(size).requires_grad_() for size in (100_000, 7, 300_001)]
-        results = call(penalty, weights, None if penalty == "linf" else parameter)
+        results = call(penalty, weights, None if PARAMETERS[penalty] is None else parameter)
         results.backward(torch.tensor([1.0, -2.0, 0.5]))
         values.append(results.detach())
         gradients.append([weight.grad for weight in weights])

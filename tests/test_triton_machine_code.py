@@ -27,7 +27,7 @@ from benchmarks.machine_code import (
     read_step,
     step_source,
 )
-from r2_kernels.penalties import PENALTIES
+from r2_kernels.penalties import PENALTIES, RANGE_PENALTIES
 
 # Instructions a thread executes per element of a full, aligned chunk, its share of what a chunk costs once included, in
 # 32-bit precision. A tenth above what the compiler makes of the kernels today.
@@ -56,6 +56,7 @@ STEP_BUDGETS = {
 STOCHASTIC_ROUNDING = 38.0  # on top, of a weight and two states
 
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
+each_range_penalty = pytest.mark.parametrize("penalty", RANGE_PENALTIES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -63,7 +64,7 @@ def machine_code(kernel: str, penalty: str, dtype: torch.dtype, target: str) -> 
     return read(compile_kernel(kernel, penalty, dtype, target), kernel, penalty, dtype)
 
 
-@each_penalty
+@each_range_penalty
 @each_dtype
 @pytest.mark.parametrize("kernel", STREAMING)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -81,6 +82,15 @@ def test_machine_code(kernel: str, penalty: str, dtype: torch.dtype, target: str
         assert max(path.per_element for path in code.paths) <= budget
         per_element = max(path.exponentials_per_element for path in code.paths)
         assert per_element <= (2.1 if penalty == "soft_min_max" else 0.1)
+
+
+@each_dtype
+@pytest.mark.parametrize("kernel", STREAMING)
+def test_kurtosis_in_float64(kernel: str, dtype: torch.dtype) -> None:
+    code = machine_code(kernel, "kurtosis", dtype, "sm_90")
+    assert (code.local, code.spills) == (0, 0)
+    assert code.occupancy >= 0.25, f"{code.registers} registers a thread"
+    assert code.vector_loads > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -152,7 +162,7 @@ STEP_CASES = [
 STEP_SPILLS = {("margin", "float32", "sm_100"): 2, ("margin", "bfloat16", "sm_90"): 4}
 
 
-@pytest.mark.parametrize("penalty", [None, *PENALTIES])
+@pytest.mark.parametrize("penalty", [None, *RANGE_PENALTIES])
 @pytest.mark.parametrize(("step", "dtypes", "target"), STEP_CASES)
 def test_machine_code_of_steps(step: str, dtypes: str, target: str, penalty: str | None) -> None:
     arguments = (penalty, STEP_DTYPES[dtypes], STEPS[step])
@@ -168,14 +178,14 @@ def test_machine_code_of_steps(step: str, dtypes: str, target: str, penalty: str
     assert max(path.per_element for path in code.paths) <= budget
 
 
-@pytest.mark.parametrize("penalty", [None, *PENALTIES])
+@pytest.mark.parametrize("penalty", [None, *RANGE_PENALTIES])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_steps_are_finished(target: str, penalty: str | None) -> None:
     source = step_source("finish", penalty, STEP_DTYPES["float32"], STEPS["adamw"])
     assert compile_source(source, target).asm["hsaco" if target == "gfx942" else "cubin"]
 
 
-@pytest.mark.parametrize("penalty", [None, *PENALTIES])
+@pytest.mark.parametrize("penalty", [None, *RANGE_PENALTIES])
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
 def test_steps_on_amd(dtypes: str, penalty: str | None) -> None:
     source = step_source("step", penalty, STEP_DTYPES[dtypes], STEPS["adamw"], is_amd=True)

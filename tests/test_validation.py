@@ -160,7 +160,7 @@ def gradients(*modules: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("penalty", ["l2", "", "Linf", None, 3])
 def test_an_unknown_penalty(penalty: Any) -> None:
     with pytest.raises(
-        (ValueError, TypeError), match=r"penalty: expected one of 'linf', 'margin', 'soft_min_max', got"
+        (ValueError, TypeError), match=r"penalty: expected one of 'linf', 'margin', 'soft_min_max', 'kurtosis', got"
     ):
         RangeRegularizer(Model(), penalty)
 

@@ -40,7 +40,13 @@ def assert_values(actual: Tensor, expected: Tensor, weights: Sequence[Tensor], s
 
 
 def assert_gradient(
-    actual: Tensor, expected: Tensor, *, before: Tensor | None = None, index: int = 0, coefficient: float = 1.0
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    before: Tensor | None = None,
+    index: int = 0,
+    coefficient: float = 1.0,
+    noise: float = NOISE,
 ) -> None:
     """A weight's gradient, or what became of ``before`` when it was added."""
     tolerance = TOLERANCES[actual.dtype]
@@ -49,7 +55,7 @@ def assert_gradient(
         return
     finite = expected[expected.isfinite()].abs()
     largest = finite.max().item() if finite.numel() else 0.0
-    noise = NOISE * abs(coefficient) / expected.numel()
+    noise = noise * abs(coefficient) / expected.numel()
     total = expected if before is None else expected + before.detach().cpu().double()
     allowed = tolerance.gradient * largest + tolerance.storage * total.abs() + tolerance.smallest + noise
     _assert_within(actual, total, allowed, f"gradient {index}")
@@ -71,7 +77,8 @@ def assert_all(
     for index, (weight, gradient) in enumerate(zip(weights, expected.gradients, strict=True)):
         assert weight.grad is not None, f"gradient {index} is missing"
         assert weight.grad.dtype is weight.dtype
-        assert_gradient(weight.grad, gradient, index=index, coefficient=coefficients[index].item())
+        coefficient, noise = coefficients[index].item(), expected.noises[index]
+        assert_gradient(weight.grad, gradient, index=index, coefficient=coefficient, noise=noise)
     if parameter is not None:
         assert parameter.grad is not None
         assert_parameter_gradient(parameter.grad, expected.parameter_gradient, expected.parameter_scales)

@@ -8,12 +8,11 @@ from typing import Protocol
 
 from torch import nn
 
-from benchmarks.compression.kurtosis import KurtosisRegularizer
 from benchmarks.compression.l2 import L2Regularizer
 from r2_kernels import RangeRegularizer
 from r2_kernels.penalties import PENALTIES
 
-PEERS = ("l2", "kurtosis")
+PEERS = ("l2",)
 KINDS = (None, *PEERS, *PENALTIES)
 TITLES = {
     None: "plain",
@@ -66,8 +65,9 @@ class Regularization:
             return None
         if self.penalty == "l2":
             return L2Regularizer(model, self.strength)
-        if self.penalty == "kurtosis":
-            return KurtosisRegularizer(model, self.strength)
         name = LEARNABLE.get(self.penalty)
         start = {} if name is None else {name: self.start}
-        return RangeRegularizer(model, self.penalty, strength=self.strength, **start)
+        strength = self.strength
+        if self.penalty == "kurtosis":  # KURE is the mean over the layers, not the sum.
+            strength /= sum(parameter.ndim >= 2 for parameter in model.parameters())
+        return RangeRegularizer(model, self.penalty, strength=strength, **start)

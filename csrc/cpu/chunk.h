@@ -127,6 +127,40 @@ class Chunk {
   };
   InFloat64 in_float64() const { return InFloat64(*this); }
 
+  // The same entries in vectors of float64, a block at a time: for sums that cancel.
+  class Widened {
+   public:
+    using Scalar = double;
+
+    explicit Widened(const Chunk& chunk) : chunk_(chunk) {}
+    int64_t size() const { return chunk_.size_; }
+    template <template <class> class Sums, class... Arguments>
+    Sums<double> sum(const Arguments&... arguments) const {
+      Sums<double> total(arguments...);
+      double block[kBlock];
+      for (int64_t begin = 0; begin < chunk_.size_; begin += kBlock) {
+        const int64_t count = chunk_.size_ - begin < kBlock ? chunk_.size_ - begin : kBlock;
+        chunk_.widen(begin, count, block);
+        total.merge(Chunk<double>(block, nullptr, count).template sum<Sums>(arguments...));
+      }
+      return total;
+    }
+    template <template <class> class Slope, class... Arguments>
+    void apply(const Arguments&... arguments) const {
+      double block[kBlock], slopes[kBlock];
+      for (int64_t begin = 0; begin < chunk_.size_; begin += kBlock) {
+        const int64_t count = chunk_.size_ - begin < kBlock ? chunk_.size_ - begin : kBlock;
+        chunk_.widen(begin, count, block);
+        Chunk<double, false>(block, slopes, count).template apply<Slope>(arguments...);
+        chunk_.put_narrowed(slopes, begin, count);
+      }
+    }
+
+   private:
+    const Chunk chunk_;
+  };
+  Widened widened() const { return Widened(*this); }
+
   // The sums over all entries, each lane's constructed from `arguments`.
   template <template <class> class Sums, class... Arguments>
   Sums<double> sum(const Arguments&... arguments) const {
@@ -215,6 +249,21 @@ class Chunk {
       const int64_t i = touched.entries[k];
       put(slope(load(weight_ + i)), i);
     }
+  }
+
+  void widen(int64_t begin, int64_t count, double* to) const {
+    Scalar block[kBlock];
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store(block + i, load(weight_ + begin + i));
+    for (; i < count; ++i) block[i] = static_cast<Scalar>(weight_[begin + i]);
+    for (i = 0; i < count; ++i) to[i] = block[i];
+  }
+  void put_narrowed(const double* slopes, int64_t begin, int64_t count) const {
+    Scalar block[kBlock];
+    for (int64_t i = 0; i < count; ++i) block[i] = static_cast<Scalar>(slopes[i]);
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) put(load(block + i), begin + i);
+    for (; i < count; ++i) put(block[i], begin + i);
   }
 
   void put(Vector slope, int64_t i) const {

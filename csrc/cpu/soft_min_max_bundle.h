@@ -67,7 +67,7 @@ class SoftMinMaxBundle {
   }
 
   void find_extremes() {
-    const auto extremes = bundle_.sum([](int) { return S::Extent<V>(); });
+    const auto extremes = bundle_.sum([](int) { return Extent<V>(); });
     store(maximum_, extremes.fields[0]);
     store(minimum_, extremes.fields[1]);
   }

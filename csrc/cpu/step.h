@@ -146,6 +146,7 @@ class SteppedChunk {
     return SteppedChunk(step_, blocks_, weight_, begin_ + begin, begin + size < size_ ? size : size_ - begin, stepped_);
   }
   auto in_float64() const { return stored().in_float64(); }
+  auto widened() const { return stored().widened(); }
 
   template <template <class> class Sums, class... Arguments>
   Sums<double> sum(const Arguments&... arguments) const {
@@ -213,6 +214,7 @@ class StepChunk {
   StepChunk<Rule, Penalty, double> in_float64() const {
     return StepChunk<Rule, Penalty, double>(arrays_, scalars_, gradient_scale_, penalty_, rounding_, nullptr, has_row_);
   }
+  StepChunk<Rule, Penalty, double> widened() const { return in_float64(); }
 
   template <template <class> class Slope, class... Arguments>
   void apply(const Arguments&... arguments) const {

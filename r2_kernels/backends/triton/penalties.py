@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from r2_kernels.backends.triton import linf, margin, soft_min_max
+from r2_kernels.backends.triton import kurtosis, linf, margin, soft_min_max
 
 FUNCTIONS = {
     "linf": linf.FUNCTIONS,
     "margin": margin.FUNCTIONS,
     "soft_min_max": soft_min_max.FUNCTIONS,
+    "kurtosis": kurtosis.FUNCTIONS,
 }
