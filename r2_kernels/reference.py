@@ -1,4 +1,4 @@
-"""The specification: the penalties in plain PyTorch, differentiable by autograd alone.
+"""The specification: the penalties and DKM in plain PyTorch, differentiable by autograd alone.
 
 Every other implementation is tested against these functions, run in float64. They are written to be read, not to be
 fast: one tensor after the other, each formula as its paper states it (arXiv 2303.08253, section 3, and for kurtosis
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r2_kernels.attention import Attention, is_settled
 from r2_kernels.granularity import Granularity, group_size_of, segments
 from r2_kernels.penalties import UNIFORM_KURTOSIS
 from r2_kernels.validation import check_parameter, check_weights, value_dtype
@@ -56,6 +57,19 @@ def _squared_excess(weight: Tensor, _: None) -> Tensor:
     centered = weight - weight.mean()
     variance = torch.where(is_constant, 1, centered.square().mean())
     return torch.where(is_constant, 0, ((centered / variance.sqrt()).pow(4).mean() - UNIFORM_KURTOSIS).square())
+
+
+def dkm(weight: Tensor, centroids: Tensor, temperature: float = 1e-4, iterations: int = 3) -> tuple[Tensor, Tensor]:
+    """DKM with the whole attention matrix; of ``r2_kernels.dkm`` all but the checks and the separation of centroids."""
+    entries = weight.reshape(-1).to(value_dtype([weight]))
+    inertia: float | None = None
+    for _ in range(iterations):
+        attention = Attention(entries, centroids, temperature)
+        centroids = entries @ attention.raised / attention.raised.sum(0)
+        before, inertia = inertia, attention.least.sum().item()
+        if is_settled(before, inertia):
+            break
+    return (attention.raised @ centroids).reshape(weight.shape).to(weight.dtype), centroids.detach()
 
 
 def _soft_range(weight: Tensor, temperature: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r2_kernels.backends.dkm_reference import dkm_backward as dkm_backward
+from r2_kernels.backends.dkm_reference import dkm_forward as dkm_forward
 from r2_kernels.granularity import PER_TENSOR, blocks, counts_of
 from r2_kernels.layout import is_dense
 from r2_kernels.penalties import CHUNK_SIZE, Penalty, by_name
