@@ -122,7 +122,7 @@ def test_equal_centroids_part_as_in_coremltools(backend: str, centroids: list[fl
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.05])
 def test_constant_weights_as_in_coremltools(backend: str, value: float) -> None:
-    """Distances of exactly zero, or all the same; the sum of distances may be zero, which coremltools takes for none."""
+    """Distances of exactly zero, or all the same; a sum of zero is for coremltools no sum."""
     weight = torch.full((100,), value, dtype=torch.float64, requires_grad=True)
     starts = torch.tensor([0.0, 0.1], dtype=torch.float64)
     outputs, last = dkm(weight, starts)
@@ -176,7 +176,7 @@ def test_the_gradient_may_lie_in_another_order(backend: str) -> None:
 )
 def test_any_settings(size: int, clusters: int, iterations: int, temperature: float, seed: int) -> None:
     torch.manual_seed(seed)
-    for name in ("reference",):
+    for name in ("reference", "cpu"):
         with use_backend(name):
             check(
                 weights(size, dtype=torch.float64),
@@ -219,11 +219,13 @@ def test_by_hand(backend: str) -> None:
     outputs, last = dkm(torch.full((8,), 0.5), torch.tensor([0.0, 1.0]), temperature=HEAD_START, iterations=1)
     torch.testing.assert_close(last, torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(outputs, torch.full((8,), 0.5))
-    weight = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    outputs, last = dkm(weight, torch.tensor([0.25, 0.75]), iterations=1)
+    weight, centroids = torch.tensor([[0.0, 1.0, 0.0, 1.0], [0.25, 0.75, 0, 0]], dtype=torch.float64)
+    outputs, last = dkm(weight, centroids[:2], iterations=1)
     # Each centroid gets 2 of 1, and 2 of 1e-7.
-    torch.testing.assert_close(last, torch.tensor([1e-7, 1 - 1e-7]), rtol=1e-6, atol=1e-12)
-    torch.testing.assert_close(outputs, torch.tensor([2e-7, 1.0, 2e-7, 1.0]), rtol=1e-5, atol=0)
+    wanted = torch.tensor([1e-7, 1.0], dtype=torch.float64) / (1 + 1e-7)
+    torch.testing.assert_close(last, wanted, rtol=1e-9, atol=0)
+    low, high = wanted[0] + 1e-7 * wanted[1], wanted[1] + 1e-7 * wanted[0]
+    torch.testing.assert_close(outputs, torch.stack([low, high, low, high]), rtol=1e-9, atol=0)
 
 
 def test_a_head_start_of_centroid_0(backend: str) -> None:
@@ -312,7 +314,7 @@ def test_bad_arguments_are_named() -> None:
         dkm([1.0], centroids)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"weight: .*int64"):
         dkm(torch.arange(3), centroids)
-    with pytest.raises(TypeError, match="weight: .*sparse"):
+    with pytest.raises(TypeError, match=r"weight: .*sparse"):
         dkm(weight.to_sparse(), centroids)
     with pytest.raises(TypeError, match="centroids: expected a tensor, got list"):
         dkm(weight, [0.0, 1.0])  # type: ignore[arg-type]

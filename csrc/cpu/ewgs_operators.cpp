@@ -3,8 +3,7 @@
 
 #include "arguments.h"
 #include "ewgs_kernels.h"
-#include "huge_pages.h"
-#include "schedule.h"
+#include "one_tensor.h"
 
 namespace r2 {
 
@@ -17,31 +16,6 @@ EwgsEnds read_ends(const Tensor& ends) {
 
 void check_levels(int64_t levels) {
   STD_TORCH_CHECK(levels >= 2 && levels <= 65536, "levels: expected 2 to 65536, got ", levels);
-}
-
-// The entries of `tensor` in the order of `like`, which is dense: itself, or a copy.
-Tensor in_order_of(const Tensor& tensor, const Tensor& like) {
-  if (is_dense(tensor) && have_same_order(tensor, like)) return tensor;
-  Tensor copy = torch::stable::empty_like(like);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-
-Tensor dense(const Tensor& tensor) { return is_dense(tensor) ? tensor : torch::stable::contiguous(tensor); }
-
-Tensor new_like(const Tensor& values, int64_t entry_bytes) {
-  Tensor tensor = torch::stable::empty_like(values);
-  ask_for_huge_pages(tensor.mutable_data_ptr(), values.numel() * entry_bytes);
-  return tensor;
-}
-
-// Calls work(chunk's number, its first entry, its size) for all chunks.
-template <class Work>
-void run_chunks(int64_t size, const Work& work) {
-  run_in_order((size + kChunkSize - 1) / kChunkSize, [&](int64_t chunk) {
-    const int64_t begin = chunk * kChunkSize;
-    work(chunk, begin, std::min(kChunkSize, size - begin));
-  });
 }
 
 Tensor ewgs_forward(Tensor given, Tensor ends_tensor, int64_t levels) {
@@ -76,7 +50,7 @@ std::tuple<Tensor, Tensor> ewgs_backward(Tensor given, Tensor ends_tensor, Tenso
   const char* of_outputs = static_cast<const char*>(gradient.const_data_ptr());
   char* to = static_cast<char*>(result.mutable_data_ptr());
   const int64_t bytes = bytes_of(storage);
-  std::vector<double> sums((values.numel() + kChunkSize - 1) / kChunkSize * 4);
+  std::vector<double> sums(chunk_count(values.numel()) * 4);
   run_chunks(values.numel(), [&](int64_t chunk, int64_t begin, int64_t size) {
     kernels.backward(from + begin * bytes, of_outputs + begin * bytes, to + begin * bytes, size, ends, levels, delta,
                      &sums[4 * chunk]);

@@ -50,6 +50,7 @@ struct SpanKernels {
 
 struct StepTable;
 struct EwgsKernels;
+struct DkmKernels;
 
 struct InstructionSet {
   const char* name;
@@ -57,6 +58,7 @@ struct InstructionSet {
   SpanKernels span_kernels[kPenaltyCount][kStorageCount];
   const StepTable* steps;   // step_kernels.h
   const EwgsKernels* ewgs;  // ewgs_kernels.h: by storage type
+  const DkmKernels* dkm;    // dkm_kernels.h: by storage type
 };
 
 // The best one that this processor has.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunk_kernels.h"
+#include "dkm_chunk.h"
 #include "ewgs_chunk.h"
 
 namespace r2 {
@@ -18,7 +19,8 @@ constexpr InstructionSet table_of(PenaltyList<Of...>) {
           {R2_FOR_STORAGES(ForChunk, Of)...},
           {R2_FOR_STORAGES(ForSpan, Of)...},
           &kSteps,
-          kEwgs};
+          kEwgs,
+          kDkm};
 }
 
 }  // namespace R2_INSTRUCTION_SET
