@@ -55,9 +55,19 @@ _dispatched: dict[str, Callable[..., Any]] = {}
 
 def _from_backend(backend: str, name: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        return getattr(backends.load(backend), name)(*args)
+        return _of_backend(backend, name)(*args)
 
     return kernel
+
+
+def _of_backend(backend: str, name: str, device_type: str | None = None) -> Callable[..., Any]:
+    module = backends.load(backend) if device_type is None else backends.load(backend, device_type)
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise NotImplementedError(
+            f"{name}: the backend {backend!r} does not have it; `with use_backend('reference'):` computes it in PyTorch"
+        ) from None
 
 
 @cache
@@ -179,7 +189,7 @@ def kernel_of(backend: str | None, name: str, device: torch.device) -> Callable[
     """The operator ``name`` of the named backend, or for None the dispatcher's."""
     if backend is None:
         return _dispatched[name]
-    return getattr(backends.load(backend, device.type), name)
+    return _of_backend(backend, name, device.type)
 
 
 def reduce_apply_(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import r2_kernels
-from r2_kernels import backends, linf, ops, use_backend
+from r2_kernels import backends, dkm, linf, ops, use_backend
 
 BACKEND = "cpu"
 PACKAGE = Path(r2_kernels.__file__).parent
@@ -113,6 +113,15 @@ def test_unknown_backends(name: Any) -> None:
     known = ", ".join(map(repr, backends.BACKENDS))
     with pytest.raises(ValueError, match=f"backend: expected one of {known}, got {name!r}"):
         use_backend(name).__enter__()
+
+
+def test_an_operator_that_a_backend_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(backends.load("reference"), "dkm_forward")
+    with (
+        use_backend("reference"),
+        pytest.raises(NotImplementedError, match="dkm_forward: the backend 'reference' does"),
+    ):
+        dkm(torch.randn(5), torch.tensor([0.0, 1.0]))
 
 
 def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
