@@ -68,12 +68,23 @@ def check_shards(weights: Sequence[Tensor], group_size: int, names: Sequence[str
         if not is_distributed(weight):
             continue
         called = f"weights[{index}]" if names is None else f"weights[{index}] ({names[index]!r})"
-        if any(placement.is_partial() for placement in weight.placements):
-            raise ValueError(f"{called}: expected placements Shard or Replicate, got {weight.placements}")
-        if weight.device_mesh.get_coordinate() is None:
-            raise ValueError(f"{called}: expected a device mesh with this rank in it, got {weight.device_mesh}")
+        check_shard(weight, called)
         if group_size != PER_TENSOR and _sharded_dimensions(weight):
             raise ValueError(f"{called}: expected granularity 'tensor' for a sharded weight, got another")
+
+
+def check_shard(weight: DTensor, called: str) -> None:
+    """Raise unless this rank holds entries of the weight, and these are known."""
+    if any(placement.is_partial() for placement in weight.placements):
+        raise ValueError(f"{called}: expected placements Shard or Replicate, got {weight.placements}")
+    if weight.device_mesh.get_coordinate() is None:
+        raise ValueError(f"{called}: expected a device mesh with this rank in it, got {weight.device_mesh}")
+
+
+def has_copies(weight: DTensor) -> bool:
+    """Whether other ranks hold the entries of this rank's shard as well."""
+    sizes = zip(weight.placements, weight.device_mesh.shape, strict=True)
+    return any(placement.is_replicate() and size > 1 for placement, size in sizes)
 
 
 def check_gradient(gradient: Tensor, weight: Tensor, called: str) -> None:
@@ -87,6 +98,25 @@ def check_gradient(gradient: Tensor, weight: Tensor, called: str) -> None:
             f"gradient of {called}: expected the layout of its weight, {_layout(weight) or 'a plain tensor'}, "
             f"got {_layout(gradient) or 'a plain tensor'}"
         )
+
+
+def check_mesh(gradient: Tensor, weight: Tensor, called: str) -> None:
+    """Raise unless the gradient can be brought to where its weight lies.
+
+    Raises:
+        ValueError: one of both is no ``DTensor``, or another mesh.
+    """
+    meshes = [tensor.device_mesh if is_distributed(tensor) else None for tensor in (gradient, weight)]
+    if meshes[0] != meshes[1]:
+        expected, got = meshes[1] or "a plain tensor", meshes[0] or "a plain tensor"
+        raise ValueError(f"gradient of {called}: expected the device mesh of its weight, {expected}, got {got}")
+
+
+def local_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of this rank's shard: a collective where it lies on the ranks in another way than its weight."""
+    if is_distributed(gradient) and is_distributed(weight) and gradient.placements != weight.placements:
+        gradient = gradient.redistribute(placements=weight.placements)
+    return local(gradient)
 
 
 def merge_(penalty: Penalty, weights: Sequence[Tensor], parameter: Tensor | None, statistics: Tensor) -> bool:

@@ -3,7 +3,8 @@
 A step reads each weight and its gradient and writes the weight. The penalty's gradient is added on the way in, from
 statistics that were gathered on the way out of the step before: those of the new weights, while they are in the cache.
 Nothing changes the weights in between, so the statistics are exact, and where something did, as at the first step, they
-are computed anew.
+are computed anew. Of sharded weights (``DTensor``) each rank steps its own shard; the statistics of all layers are
+merged across ranks at the start of a step.
 
 Both take the arguments of ``torch.optim``'s of the same name, with the same defaults, and have the same parameter
 groups, state and hooks; ``state_dict`` goes from either to the other. One fused implementation serves all settings of
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 
 from r2_kernels import ops, optimizer_ops  # noqa: F401  (the latter defines the operators)
-from r2_kernels.carried_statistics import CarriedStatistics
-from r2_kernels.distributed import is_distributed
+from r2_kernels.carried_statistics import CarriedStatistics, merge
+from r2_kernels.distributed import check_mesh, check_shard, has_copies, is_distributed, local, local_gradient, whole
 from r2_kernels.layout import is_dense
 from r2_kernels.regularizer import RangeRegularizer
 from r2_kernels.validation import FLOATING_DTYPES, value_dtype
@@ -30,16 +31,20 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, T
 
 
 class _Bucket(NamedTuple):
-    """The weights that one call of an operator steps: those of one group on one device, the watched ones first."""
+    """What one call of an operator steps: the parameters of one group on one device, the watched ones first.
+
+    ``weights`` and ``gradients`` are this rank's shards where the parameters are ``DTensor``s.
+    """
 
     group: dict[str, Any]
+    parameters: list[Tensor]
     weights: list[Tensor]
     gradients: list[Tensor]
     carried: CarriedStatistics | None
 
     @property
     def watched(self) -> list[Tensor]:
-        return [] if self.carried is None else self.weights[: len(self.carried.layers)]
+        return [] if self.carried is None else self.parameters[: len(self.carried.layers)]
 
 
 class _Scaling(NamedTuple):
@@ -80,7 +85,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
         if any(group["differentiable"] for group in self.param_groups):
             raise ValueError("differentiable: expected False, since a fused step leaves no graph")
         for index, group in enumerate(self.param_groups):
-            _check_not_sharded(group, index)
+            _check_shards(group, index, stochastic_rounding)
         self._step_supports_amp_scaling = True
         self.regularizer = regularizer
         self.decoupled = decoupled
@@ -128,9 +133,9 @@ class _FusedOptimizer(torch.optim.Optimizer):
             What the closure returns, or None.
 
         Raises:
-            TypeError: a weight or gradient that is not dense, is a ``DTensor`` or of a dtype that no kernel reads.
-                Nothing has changed.
-            ValueError: a weight of the regularizer that is not among the parameters or requires no gradient.
+            TypeError: a weight or gradient that is not dense or of a dtype that no kernel reads. Nothing has changed.
+            ValueError: a weight of the regularizer that is not among the parameters or requires no gradient; a gradient
+                on another device mesh than its weight. Nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -144,6 +149,8 @@ class _FusedOptimizer(torch.optim.Optimizer):
         buckets = self._buckets()
         own = self._own_parameter()
         self._gather_where_stale(buckets, own)
+        if self.regularizer is not None:
+            merge(_parts_of(buckets))
         coefficients = self._coefficients(buckets)
         if own is not None:
             # Before the weights: what is gathered from the new weights is for the new M or temperature.
@@ -152,7 +159,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
             self._step_bucket(bucket, own, coefficients, scaling)
         if self.regularizer is not None:
             self.regularizer.advance()
-            self.regularizer.carried_statistics = [b.carried for b in buckets if b.carried is not None]
+            self.regularizer.carried_statistics = _parts_of(buckets)
         return loss
 
     @torch.no_grad()
@@ -180,7 +187,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
         before, self._carried = self._carried, {}  # What no group has any more is forgotten.
         buckets = []
         for index, group in enumerate(self.param_groups):
-            _check_parameters(group, index)
+            _check_parameters(group, index, self.stochastic_rounding)
             by_device: dict[torch.device, tuple[dict[int, Tensor], list[Tensor]]] = {}
             for parameter in group["params"]:
                 layer = layer_of_weight.get(id(parameter))
@@ -195,13 +202,14 @@ class _FusedOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"params: expected the regularizer's weight {name!r} to require a gradient")
                 watched[layer] = parameter
             for device, (watched, others) in by_device.items():
-                weights = [*watched.values(), *others]
-                gradients = [_gradient(weight) for weight in weights]
+                parameters = [*watched.values(), *others]
+                weights = [local(parameter) for parameter in parameters]
+                gradients = [_gradient(*pair) for pair in zip(parameters, weights, strict=True)]
                 carried = None
                 if watched:
                     carried = self._carried_by(before.get((index, device)), list(watched), device)
                     self._carried[index, device] = carried
-                buckets.append(_Bucket(group, weights, gradients, carried))
+                buckets.append(_Bucket(group, parameters, weights, gradients, carried))
         return buckets
 
     def _carried_by(
@@ -232,7 +240,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
                 bucket.carried.add_to(gradient, (slopes * bucket.carried.select(coefficients)).to(own.dtype))
         group = next(group for group in self.param_groups if any(own is parameter for parameter in group["params"]))
         unscaled = _Scaling(None, scaling.found_inf, None)
-        self._step_bucket(_Bucket(group, [own], [gradient], None), None, None, unscaled)
+        self._step_bucket(_Bucket(group, [own], [own], [gradient], None), None, None, unscaled)
 
     def _step_bucket(self, bucket: _Bucket, own: Tensor | None, coefficients: Tensor | None, scaling: _Scaling) -> None:
         carried = bucket.carried
@@ -246,13 +254,12 @@ class _FusedOptimizer(torch.optim.Optimizer):
         else:
             assert coefficients is not None
             next_parameter = carried.of_layers(own)
-            shared += [carried.penalty, carried.parameter, next_parameter, carried.statistics, carried.partials]
+            shared += [carried.penalty, carried.parameter, next_parameter, carried.merged, carried.partials]
             shared += [carried.select(coefficients), self.decoupled]
         self._run(bucket, shared)
-        torch.autograd.graph.increment_version(bucket.weights)
+        torch.autograd.graph.increment_version(bucket.parameters)
         if carried is not None:
-            carried.parameter = next_parameter
-            carried.remember(bucket.watched, own)
+            carried.take_step(bucket.watched, own, next_parameter, shared[1])
 
     def _run(self, bucket: _Bucket, shared: list[Any]) -> None:
         """Call the operator; ``shared`` are its arguments from ``grad_scale`` on."""
@@ -265,13 +272,16 @@ class _FusedOptimizer(torch.optim.Optimizer):
         """As ``torch.optim``'s, and under ``"range_statistics"`` those that the last step has left.
 
         They tell how each layer stood; ``load_state_dict`` computes them anew, from the weights that are then there.
+        Those of sharded weights are left out: one rank alone does not know them.
         """
         state = super().state_dict()
-        if self.regularizer is not None and all(carried.statistics is not None for carried in self._carried.values()):
+        parts = list(self._carried.values())
+        is_sharded = any(is_distributed(weight) for part in parts for weight in part.weights)
+        if self.regularizer is not None and not is_sharded and all(part.statistics is not None for part in parts):
             names = self.regularizer.names
             rows = {
                 names[layer]: row
-                for carried in self._carried.values()
+                for carried in parts
                 for layer, row in zip(carried.layers, carried.statistics, strict=True)  # type: ignore[arg-type]
             }
             state["range_statistics"] = {"penalty": self.regularizer.penalty, "rows": rows}
@@ -321,8 +331,10 @@ class AdamW(_FusedOptimizer, torch.optim.AdamW):
             default random generator, so that small updates are not lost.
 
     Raises:
-        TypeError: an argument of the wrong type, or a parameter that is a ``DTensor``.
-        ValueError: a weight of the regularizer that is not among ``params``, and what ``torch.optim`` raises it for.
+        TypeError: an argument of the wrong type.
+        ValueError: a weight of the regularizer that is not among ``params``; a ``DTensor`` with a ``Partial``
+            placement, of a mesh without this rank or, with ``stochastic_rounding``, with copies on other ranks; and
+            what ``torch.optim`` raises it for.
     """
 
     def __init__(
@@ -361,15 +373,15 @@ class AdamW(_FusedOptimizer, torch.optim.AdamW):
 
     def _run(self, bucket: _Bucket, shared: list[Any]) -> None:
         group = bucket.group
-        states = [self._state_of(weight, group["amsgrad"]) for weight in bucket.weights]
+        states = [self._state_of(parameter, group["amsgrad"]) for parameter in bucket.parameters]
         beta1, beta2 = map(float, group["betas"])
         device = bucket.weights[0].device
         ops.kernel("adamw_step_", device)(
             bucket.weights,
             bucket.gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
+            [local(state["max_exp_avg_sq"]) for state in states] if group["amsgrad"] else [],
             [state["step"] for state in states],
             _number(group["lr"], device),
             beta1,
@@ -402,8 +414,10 @@ class SGD(_FusedOptimizer, torch.optim.SGD):
         regularizer, decoupled, state_dtype, stochastic_rounding: as ``AdamW`` has them.
 
     Raises:
-        TypeError: an argument of the wrong type, or a parameter that is a ``DTensor``.
-        ValueError: a weight of the regularizer that is not among ``params``, and what ``torch.optim`` raises it for.
+        TypeError: an argument of the wrong type.
+        ValueError: a weight of the regularizer that is not among ``params``; a ``DTensor`` with a ``Partial``
+            placement, of a mesh without this rank or, with ``stochastic_rounding``, with copies on other ranks; and
+            what ``torch.optim`` raises it for.
     """
 
     def __init__(
@@ -448,13 +462,13 @@ class SGD(_FusedOptimizer, torch.optim.SGD):
             # On the CPU alone is it free to look whether the step is skipped. Elsewhere a buffer that such a step has
             # left at zero starts with 1 - dampening times the gradient.
             is_skipped = found_inf is not None and device.type == "cpu" and float(found_inf) != 0
-            for weight in bucket.weights:
-                buffer = self.state[weight].get("momentum_buffer")
+            for parameter in bucket.parameters:
+                buffer = self.state[parameter].get("momentum_buffer")
                 started.append(buffer is not None)
-                buffer = self._moment(weight) if buffer is None else buffer
-                buffers.append(buffer)
+                buffer = self._moment(parameter) if buffer is None else buffer
+                buffers.append(local(buffer))
                 if not is_skipped:
-                    self.state[weight]["momentum_buffer"] = buffer
+                    self.state[parameter]["momentum_buffer"] = buffer
         ops.kernel("sgd_step_", device)(
             bucket.weights,
             bucket.gradients,
@@ -470,13 +484,18 @@ class SGD(_FusedOptimizer, torch.optim.SGD):
         )
 
 
-def _check_parameters(group: dict[str, Any], group_index: int) -> None:
+def _parts_of(buckets: Sequence[_Bucket]) -> list[CarriedStatistics]:
+    return [bucket.carried for bucket in buckets if bucket.carried is not None]
+
+
+def _check_parameters(group: dict[str, Any], group_index: int, stochastic_rounding: bool) -> None:
     """Raise unless the operators read all parameters that have a gradient: before any of them is touched."""
-    _check_not_sharded(group, group_index)
-    for index, weight in enumerate(group["params"]):
-        gradient = weight.grad
-        if gradient is None:
+    _check_shards(group, group_index, stochastic_rounding)
+    for index, parameter in enumerate(group["params"]):
+        if parameter.grad is None:
             continue
+        check_mesh(parameter.grad, parameter, _called(group, group_index, index))
+        weight, gradient = local(parameter), local(parameter.grad)
         problem = None
         if weight.layout is not torch.strided or weight.dtype not in FLOATING_DTYPES or not is_dense(weight):
             problem = f"got {weight.dtype}, {weight.layout}, strides {_strides(weight)}"
@@ -489,14 +508,17 @@ def _check_parameters(group: dict[str, Any], group_index: int) -> None:
             )
 
 
-def _check_not_sharded(group: dict[str, Any], group_index: int) -> None:
-    """Raise where a parameter is a ``DTensor``: a fused step would gather the statistics of this rank's shard alone."""
-    for index, weight in enumerate(group["params"]):
-        if is_distributed(weight):
-            raise TypeError(
-                f"{_called(group, group_index, index)}: expected a plain tensor, got a DTensor of placements "
-                f"{weight.placements}: call the regularizer's add_gradients_() before the step of an optimizer of "
-                f"torch.optim"
+def _check_shards(group: dict[str, Any], group_index: int, stochastic_rounding: bool) -> None:
+    """Raise where a parameter is a ``DTensor`` of which this rank does not know its entries, or rounds copies apart."""
+    for index, parameter in enumerate(group["params"]):
+        if not is_distributed(parameter):
+            continue
+        called = _called(group, group_index, index)
+        check_shard(parameter, called)
+        if stochastic_rounding and has_copies(parameter):
+            raise ValueError(
+                f"{called}: expected no copies on other ranks with stochastic_rounding, since each rank rounds by "
+                f"random numbers of its own, got placements {parameter.placements}"
             )
 
 
@@ -509,11 +531,11 @@ def _strides(tensor: Tensor) -> tuple[int, ...] | None:
     return tensor.stride() if tensor.layout is torch.strided else None
 
 
-def _gradient(weight: Tensor) -> Tensor:
-    """The gradient in the memory order of its weight; zeros for a watched weight that the task has none for."""
-    gradient = weight.grad
-    if gradient is None:
+def _gradient(parameter: Tensor, weight: Tensor) -> Tensor:
+    """The gradient in the memory order of the weight, the parameter's shard; zeros where the task has none."""
+    if parameter.grad is None:
         return torch.zeros_like(weight)
+    gradient = local_gradient(parameter.grad, parameter)
     is_in_order = (weight.is_contiguous() and gradient.is_contiguous()) or weight.stride() == gradient.stride()
     return gradient if is_in_order else torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
 
@@ -531,4 +553,4 @@ def _number_or_none(number: Any) -> Tensor | None:
         return None
     if isinstance(number, Tensor) and number.numel() != 1:
         raise ValueError(f"clip_coefficient: expected one number, got shape {tuple(number.shape)}")
-    return torch.as_tensor(number).detach()
+    return whole(torch.as_tensor(number))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from r2_kernels import ops
-from r2_kernels.carried_statistics import CarriedStatistics
+from r2_kernels.carried_statistics import CarriedStatistics, merge
 from r2_kernels.distributed import check_gradient, check_shards, whole
 from r2_kernels.granularity import (
     PER_TENSOR,
@@ -354,6 +354,7 @@ class RangeRegularizer(nn.Module):
         is_whole = sum(len(part.layers) for part in carried) == len(weights)
         if not is_whole or not all(part.hold_for([weights[i] for i in part.layers], own) for part in carried):
             return None
+        merge(carried)
         values = torch.zeros(len(weights), dtype=value_dtype(weights), device=weights[0].device)
         for part in carried:
             part.add_to(values, part.finalize()[0])

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_optimizers
 import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
 from r2_kernels import RangeRegularizer, kurtosis, linf, margin, soft_min_max
 from r2_kernels.distributed import whole
-from r2_kernels.optim import SGD, AdamW
+from r2_kernels.optim import AdamW
 
 pytest.importorskip("torch.distributed.tensor")
 from torch.distributed import checkpoint
@@ -112,17 +113,23 @@ def _model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
 
 
-def _train(model: nn.Module, penalty: str, is_fused: bool, share: slice) -> tuple[RangeRegularizer, list[Tensor]]:
+def _train(model: nn.Module, penalty: str, way: str, share: slice) -> tuple[RangeRegularizer, list[Tensor]]:
     reg = RangeRegularizer(model, penalty, strength=0.05, **STARTS.get(penalty, {}))
     groups = [{"params": model.parameters()}, {"params": reg.parameters(), "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.01, foreach=True)
+    if way == "step":
+        optimizer = AdamW(groups, lr=0.01, regularizer=reg)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=0.01, foreach=True)
     torch.manual_seed(3)
     losses = []
     for _ in range(4):
         inputs = torch.randn(8, 6)[share]
         optimizer.zero_grad()
         loss = model(inputs).square().mean()
-        if is_fused:
+        if way == "step":
+            loss.backward()
+            losses.append(0.05 * torch.stack(list(reg.losses().values())).sum())
+        elif way == "gradients":
             loss.backward()
             losses.append(reg.add_gradients_())
         else:
@@ -134,9 +141,9 @@ def _train(model: nn.Module, penalty: str, is_fused: bool, share: slice) -> tupl
 
 def _training(distribute: Callable[[nn.Module], nn.Module], share: slice) -> None:
     for penalty in PENALTIES:
-        for is_fused in (False, True):
-            single, expected = _train(_model(), penalty, is_fused, slice(None))
-            reg, losses = _train(distribute(_model()), penalty, is_fused, share)
+        for way in ("loss", "gradients", "step"):
+            single, expected = _train(_model(), penalty, way, slice(None))
+            reg, losses = _train(distribute(_model()), penalty, way, share)
             torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-4, atol=1e-6)
             for weight, same in zip(reg.weights(), single.weights(), strict=True):
                 torch.testing.assert_close(whole(weight), same.detach(), rtol=1e-3, atol=2e-5)
@@ -180,6 +187,15 @@ def _continued(
     return reg
 
 
+def _optimizers_on(mesh: Any, placements: list[list[Any]]) -> None:
+    sharded_optimizers.steps_are_as_in_one_piece(_weights(torch.float32), mesh, placements)
+    if mesh.ndim == 1:
+        sharded_optimizers.steps_are_as_in_one_piece(_weights(torch.bfloat16), mesh, placements)
+        sharded_optimizers.skipped_steps_leave_the_statistics(_weights(torch.float32), mesh)
+        sharded_optimizers.a_change_on_one_rank_is_everybodys(_weights(torch.float32), mesh)
+        sharded_optimizers.few_collectives(_weights(torch.float32), mesh)
+
+
 def _share() -> slice:
     size = 8 // dist.get_world_size()
     return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
@@ -208,22 +224,6 @@ def _nan_of_the_last_rank_is_everybodys(mesh: Any) -> None:
         assert not layers[0][1].grad.full_tensor().isnan().any()
 
 
-def _fused_optimizers_refuse(mesh: Any) -> None:
-    layers = _layers([(4, 3)], mesh, Shard(0))
-    for optimizer in (AdamW, SGD):
-        for regularizer in (None, RangeRegularizer(layers, "linf")):
-            with pytest.raises(TypeError, match=r"parameter 0 \('layer0'\) of shape \(4, 3\): expected a plain tensor"):
-                optimizer(layers, lr=0.1, regularizer=regularizer)
-        plain = nn.Parameter(torch.ones(2))
-        plain.grad = torch.ones(2)
-        late = optimizer([plain], lr=0.1)
-        late.add_param_group({"params": [layers[0][1]]})
-        with pytest.raises(TypeError, match=r"group 1, parameter 0 of shape \(4, 3\): expected a plain tensor"):
-            late.step()
-        assert torch.equal(plain, torch.ones(2))
-        assert not late.state
-
-
 def _few_collectives(mesh: Any) -> None:
     for penalty, most in (("linf", 2), ("margin", 1), ("soft_min_max", 2), ("kurtosis", 2)):
         for count in (1, 50):
@@ -243,11 +243,14 @@ def _on_two(folder: Path) -> None:
     _functions_on(mesh, [[Shard(0)], [Shard(1)], [Replicate()]])
     _training(_fully_sharded, _share())
     _nan_of_the_last_rank_is_everybodys(mesh)
-    _fused_optimizers_refuse(mesh)
     _few_collectives(mesh)
+    _optimizers_on(mesh, [[Shard(0)], [Shard(1)], [Replicate()]])
+    sharded_optimizers.gradients_that_lie_otherwise(mesh)
+    sharded_optimizers.with_a_scaler(_fully_sharded(_model()), _model(), _share())
     _training(DistributedDataParallel, _share())
     for penalty in ("margin", "soft_min_max"):
         _continued(_fully_sharded(_model()), penalty, None, folder / f"{penalty}2")
+        sharded_optimizers.continued(_fully_sharded(_model()), penalty, None, folder / f"fused_{penalty}2")
     sharded = distribute_tensor(torch.randn(5, 4), mesh, [Shard(0)])
     unsummed = sharded.from_local(torch.ones(2, 2), mesh, [Partial()])
     model = _model().bfloat16()
@@ -269,6 +272,8 @@ def _on_four(folder: Path) -> None:
     mixed = [[Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()], [Shard(0), Shard(0)]]
     _functions_on(mesh, mixed)
     _functions_on(mesh["model"], [[Shard(0)]])
+    _optimizers_on(mesh, mixed)
+    sharded_optimizers.copies_are_the_same(mesh)
 
     def both(model: nn.Module) -> nn.Module:
         parallelize_module(model, mesh["model"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
@@ -283,6 +288,8 @@ def _on_four(folder: Path) -> None:
     _training(_fully_sharded, _share())
     for penalty in ("margin", "soft_min_max"):
         _continued(_fully_sharded(_model()), penalty, folder / f"{penalty}2", folder / f"{penalty}4")
+        source, target = folder / f"fused_{penalty}2", folder / f"fused_{penalty}4"
+        sharded_optimizers.continued(_fully_sharded(_model()), penalty, source, target)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
@@ -292,6 +299,11 @@ def test_sharded_weights_are_as_in_one_piece(tmp_path: Path) -> None:
     for penalty in ("margin", "soft_min_max"):
         checkpointed = _continued(_model(), penalty, tmp_path / f"{penalty}4", None)
         straight = _continued(_model(), penalty, None, None, steps=6)
+        for resumed, same in zip(checkpointed.weights(), straight.weights(), strict=True):
+            torch.testing.assert_close(resumed, same, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(checkpointed.own_parameter(), straight.own_parameter(), rtol=1e-5, atol=0)
+        checkpointed = sharded_optimizers.continued(_model(), penalty, tmp_path / f"fused_{penalty}4", None)
+        straight = sharded_optimizers.continued(_model(), penalty, None, None, steps=6)
         for resumed, same in zip(checkpointed.weights(), straight.weights(), strict=True):
             torch.testing.assert_close(resumed, same, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(checkpointed.own_parameter(), straight.own_parameter(), rtol=1e-5, atol=0)

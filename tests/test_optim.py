@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2_kernels import RangeRegularizer, optim, reference
+from r2_kernels import RangeRegularizer, ops, optim, reference
 from r2_kernels.penalties import PENALTIES
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
@@ -156,6 +156,23 @@ def test_statistics_of_a_step_are_bitwise_those_of_a_pass(
     _, _, statistics, partials = torch.ops.r2_kernels.reduce(penalty, weights, carried.parameter)
     assert_bitwise_equal(carried.statistics, statistics)
     assert_bitwise_equal(carried.partials, partials)
+
+
+@pytest.mark.parametrize("penalty", ["linf", "margin", "soft_min_max", "kurtosis"])
+def test_a_step_leaves_the_row_of_an_empty_weight_empty(penalty: str, backend: str) -> None:
+    """Whatever row it was given: that of a whole weight, of which this rank has no entry."""
+    weights = [torch.randn(0, 3), torch.randn(5, 3), torch.randn(0)]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    rule = ops.by_name(penalty)
+    parameter = None if rule.parameter is None else torch.ones(3)
+    _, _, statistics, partials = ops.kernel("reduce", weights[0].device)(penalty, weights, parameter)
+    given = statistics[1].expand_as(statistics).contiguous()
+    number = torch.ones((), dtype=torch.float64)
+    ops.kernel("sgd_step_", weights[0].device)(
+        *(weights, gradients, [], [], 0 * number, 0.0, 0.0, 0.0, False, False, None, None, None, None),
+        *(penalty, parameter, parameter, given, partials, torch.zeros(3), False),
+    )
+    assert torch.equal(given, statistics)
 
 
 def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:

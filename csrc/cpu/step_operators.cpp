@@ -154,6 +154,13 @@ class Watch {
     return segment < watched_ ? &chunk_rows_[chunk * penalty_->row_size] : nullptr;
   }
 
+  // The rows of tensors without entries, to which no chunk leads: they may hold those of a whole that others are part
+  // of.
+  void gather_empty() {
+    for (int64_t i = 0; i < watched_; ++i) {
+      if (tensors_.segments().all()[i].chunks() == 0) merge(static_cast<int32_t>(i));
+    }
+  }
   // After a watched chunk's step, which may have written its row. The last of a segment merges them, nobody reading the
   // old row then.
   void gather(int64_t chunk, int32_t segment, const StepArrays& stepped, bool has_row) {
@@ -208,6 +215,7 @@ RoundingKey rounding_key(const std::optional<int64_t>& seed, const ChunkPlace& p
 template <class Scalars>
 void step_all(const StepTensors& tensors, const std::vector<Scalars>& scalars, StepKernel<Scalars> StepKernels::* rule,
               double gradient_scale, Watch& watch, const std::optional<int64_t>& seed) {
+  watch.gather_empty();
   const Segments& segments = tensors.segments();
   const std::vector<ChunkRange> ranges = cut_into_ranges(segments);
   run_in_order(ranges.size(), [&](int64_t range) {
