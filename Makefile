@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench bench-gpu docs lint build clean
+.PHONY: demo test bench bench-gpu docs lint build wheel clean
 
 demo: build
 	$(BIN)/python -m benchmarks.demo $(ARGUMENTS)
@@ -43,6 +43,29 @@ build: .venv/built
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
+
+# The oldest supported, and the one that requirements-dev.txt pins.
+TORCH_VERSIONS ?= 2.10.0 2.13.0
+
+# The sdist, and from it, so that nothing is missing there, the CPU part's wheel for every torch and every Python.
+dist/built: .venv/installed MANIFEST.in setup.py pyproject.toml README.md \
+		$(shell find csrc r2_kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.py')
+	rm -rf dist
+	FORCE_CUDA=0 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation
+	touch $@
+
+wheel: $(TORCH_VERSIONS:%=test-wheel-with-torch-%)
+
+# In a virtual environment of its own, which has the wheel and cannot see the checkout's package.
+test-wheel-with-torch-%: dist/built
+	rm -rf build/torch-$*
+	$(PYTHON) -m venv build/torch-$*
+	build/torch-$*/bin/python -m pip install --quiet torch==$* hypothesis numpy pytest dist/*.whl
+	cd build/torch-$* && bin/python -c "import r2_kernels, sys; assert r2_kernels.__file__.startswith(sys.prefix)"
+	cd build/torch-$* && bin/python -m r2_kernels
+	cd build/torch-$* && OMP_NUM_THREADS=1 bin/pytest --quiet ../../tests/test_properties.py --backend cpu \
+		-k "sizes or layouts or ties or mixed_dtypes"
+	rm -rf build/torch-$*
 
 clean:
 	rm -rf .venv build dist *.egg-info r2_kernels/_C*.so demo-output

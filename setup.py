@@ -17,6 +17,7 @@ setup(
             extra_compile_args=[
                 "-std=c++17",
                 "-O3",
+                "-g0",  # Python's own flags ask for debugging information, seven times the size of the code
                 "-fvisibility=hidden",
                 "-fno-math-errno",
                 "-fno-trapping-math",
