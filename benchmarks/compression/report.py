@@ -58,7 +58,7 @@ def _head(study: Study, summaries: list[PartSummary]) -> str:
             f"`python -m benchmarks.compression run {study.name}` has finished; torch {', '.join(versions)}. "
             f"All runs with their settings: [{study.name}.json]({study.name}.json).",
             "",
-            "Accuracies are in percent, mean ± standard deviation over seeds (no deviation: one seed). Settings are "
+            "Accuracies are in percent, mean ± standard deviation over the seeds that are finished (no deviation: one). Settings are "
             "chosen by accuracy on a validation split; the test set has no part in it. Every kind is trained on the "
             "same data with the same seeds, schedule and number of epochs, with the usual weight decay; L2 is more of "
             "it, on the weights that the penalties watch.",
@@ -110,6 +110,7 @@ def _sentence(verdict: Verdict) -> str:
 def _accuracy_table(summary: PartSummary) -> str:
     kinds = list(summary.kinds)
     lines = [_line(["", *(TITLES[kind] for kind in kinds)]), _line(["---", *["---:"] * len(kinds)])]
+    lines.append(_line(["seeds", *(str(len(summary.rows[0].accuracies[kind])) for kind in kinds)]))
     for row in summary.rows:
         name = "full precision" if row.compression is None else _title(row.compression)
         lines.append(_line([name, *_values(row)]))
