@@ -111,11 +111,12 @@ def test_kernels_over_statistics(kernel: str, penalty: str, dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
 @pytest.mark.parametrize("kernel", SEGMENTS)
 def test_kernels_over_segments(kernel: str, penalty: str, dtype: torch.dtype) -> None:
-    """They spill nothing, and but for soft-min-max let a third of a processor's threads run."""
+    """They spill nothing, and but for soft-min-max let a third of a processor's threads run, kurtosis a quarter."""
     code = read_segments(compile_kernel(kernel, penalty, dtype, "sm_90"))
     assert (code.local, code.spills) == (0, 0)
     if penalty != "soft_min_max":
-        assert code.occupancy >= 1 / 3, f"{code.registers} registers a thread"
+        least = 1 / 4 if penalty == "kurtosis" else 1 / 3  # it is in float64 whatever the dtype
+        assert code.occupancy >= least, f"{code.registers} registers a thread"
     assert compile_kernel(kernel, penalty, dtype, "gfx942").asm["hsaco"]
 
 

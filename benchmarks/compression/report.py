@@ -58,10 +58,10 @@ def _head(study: Study, summaries: list[PartSummary]) -> str:
             f"`python -m benchmarks.compression run {study.name}` has finished; torch {', '.join(versions)}. "
             f"All runs with their settings: [{study.name}.json]({study.name}.json).",
             "",
-            "Accuracies are in percent, mean ± standard deviation over the seeds that are finished (no deviation: one). Settings are "
-            "chosen by accuracy on a validation split; the test set has no part in it. Every kind is trained on the "
-            "same data with the same seeds, schedule and number of epochs, with the usual weight decay; L2 is more of "
-            "it, on the weights that the penalties watch.",
+            "Accuracies are in percent, mean ± standard deviation over the seeds that are finished (no deviation: one)."
+            " Settings are chosen by accuracy on a validation split; the test set has no part in it. Every kind is "
+            "trained on the same data with the same seeds, schedule and number of epochs, with the usual weight decay; "
+            "L2 is more of it, on the weights that the penalties watch.",
         ]
     )
 
