@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,11 @@ def test_scaled_gradients_are_refused() -> None:
     arguments.fp16 = True
     with pytest.raises(ValueError, match="max_grad_norm: expected a positive one with fp16"):
         callback.on_train_begin(arguments, None, None)
+
+
+def test_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    losses = importlib.import_module("transformers_trainer").main(["--steps", "3"])
+    assert list(losses) == ["plain", "with R²"]
+    assert all(0 < loss < 10 for pair in losses.values() for loss in pair)
+    assert losses["plain"] != losses["with R²"]
