@@ -1,4 +1,4 @@
-"""``python examples/transformers_trainer.py``: a GPT-2 built from a config, trained by Hugging Face's ``Trainer`` with R².
+"""``python examples/transformers_trainer.py``: a GPT-2 built from a config, trained with R² by Hugging Face's trainer.
 
 It learns the next byte of Python's own standard library, once plainly and once with range regularization, and shows the
 loss with weights rounded to 3 bits. Needs `pip install "r2_kernels[transformers]"`, and no download.
