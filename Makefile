@@ -11,7 +11,8 @@ demo: build
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet tests
 	OMP_NUM_THREADS=1 R2_KERNELS_INSTRUCTION_SET=portable \
-		$(BIN)/python -m pytest --numprocesses auto --quiet tests/test_properties.py tests/test_quantizers.py --backend cpu
+		$(BIN)/python -m pytest --numprocesses auto --quiet tests/test_properties.py tests/test_quantizers.py \
+			tests/test_palettization.py --backend cpu
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
 		$(BIN)/python -m pytest --numprocesses auto --quiet tests/test_properties.py tests/test_granularity.py \
 			tests/test_quantizers.py tests/test_triton*.py --backend triton
