@@ -45,10 +45,7 @@ class RangeRegularization(Callback):
         if (trainer.current_epoch + 1) % self.log_every_epochs:
             return
         regularizer = _regularizer_of(pl_module)
-        for row in regularizer.report().rows:
-            for quantity, value in row.items():
-                if isinstance(value, (int, float)):
-                    pl_module.log(f"{quantity.replace('/', '_over_')}/{row['layer']}", float(value))
+        pl_module.log_dict(regularizer.report().scalars())
         for logger in trainer.loggers:
             add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
             if add_histogram is not None:

@@ -18,7 +18,7 @@ Row = dict[str, str | float]
 
 @dataclass(frozen=True)
 class Report:
-    """One row per layer; ``print`` shows a table, ``rows`` are dictionaries, ready for a data frame."""
+    """One row per layer; ``print`` shows a table, ``rows`` are for a data frame, ``scalars()`` for a logger."""
 
     rows: Sequence[Row]
 
@@ -27,6 +27,15 @@ class Report:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def scalars(self) -> dict[str, float]:
+        """Every number by ``"quantity/layer"``, as trainers' loggers take them."""
+        return {
+            f"{quantity.replace('/', '_over_')}/{row['layer']}": float(number)
+            for row in self.rows
+            for quantity, number in row.items()
+            if quantity != "layer"
+        }
 
     def __str__(self) -> str:
         columns = list(self.rows[0])

@@ -564,6 +564,9 @@ def test_the_report(backend: str, model: Model, penalty: str) -> None:
             assert "temperature" not in row
         else:
             assert row[name] == pytest.approx(parameter_of(reg)[index].item())
+    scalars = report.scalars()
+    assert len(scalars) == sum(len(row) - 1 for row in report)
+    assert scalars[f"max_over_std/{WATCHED[1]}"] == report.rows[1]["max/std"]
 
 
 @each_penalty
