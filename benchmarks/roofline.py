@@ -182,7 +182,7 @@ def _prediction(
 def _sum_bytes(penalty: str) -> int:
     """Bytes of a chunk's sums, written and read, of entries up to float32."""
     functions = FUNCTIONS[penalty]
-    return 2 * (8 if functions.is_in_float64 else 4) * functions.sums_of(torch.float32)
+    return 2 * functions.stored(torch.float32).itemsize * functions.sums_of(torch.float32)
 
 
 def predict(gpu: Gpu, kernel: str, penalty: str, dtype: torch.dtype) -> Iterator[Prediction]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from r2_kernels.backends.triton.penalty_functions import Functions, only_regime
+from r2_kernels.backends.triton.penalty_functions import Functions, both_ends, neutral_ends
 from r2_kernels.penalties import UNIFORM_KURTOSIS
 
-INFINITY = tl.constexpr(float("inf"))
 UNIFORM = tl.constexpr(UNIFORM_KURTOSIS)
 SMALLEST = tl.constexpr(2.0**-1022)
 
@@ -18,16 +17,6 @@ def _frame(maximum, minimum):
     """The middle of the ends, the distance from there to either, and one over it, 0 where they are equal."""
     reach = maximum * 0.5 - minimum * 0.5
     return maximum * 0.5 + minimum * 0.5, reach, tl.where(reach >= SMALLEST, 1.0 / reach, 0.0)
-
-
-@triton.jit
-def kurtosis_extremes(w):
-    return w, w
-
-
-@triton.jit
-def kurtosis_neutral(lanes: tl.constexpr, dtype: tl.constexpr):
-    return tl.full((lanes,), -INFINITY, dtype), tl.full((lanes,), INFINITY, dtype)
 
 
 @triton.jit
@@ -109,16 +98,14 @@ def kurtosis_gradient(w, constants, REGIME: tl.constexpr):
 
 
 FUNCTIONS = Functions(
-    extremes=kurtosis_extremes,
-    neutral=kurtosis_neutral,
+    extremes=both_ends,
+    neutral=neutral_ends,
     anchor=kurtosis_anchor,
-    regime=only_regime,
     terms=kurtosis_terms,
     convert=kurtosis_convert,
     finalize=kurtosis_finalize,
     prepare=kurtosis_prepare,
     constants=kurtosis_constants,
-    slope_regime=only_regime,
     gradient=kurtosis_gradient,
     ends=2,
     sums={tl.float64: 6},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from r2_kernels.backends.triton.penalty_functions import Functions, only_regime, with_sign_of
+from r2_kernels.backends.triton.penalty_functions import Functions, with_sign_of
 
 
 @triton.jit
@@ -68,13 +68,11 @@ FUNCTIONS = Functions(
     extremes=linf_extremes,
     neutral=linf_neutral,
     anchor=linf_anchor,
-    regime=only_regime,
     terms=linf_terms,
     convert=linf_convert,
     finalize=linf_finalize,
     prepare=linf_prepare,
     constants=linf_constants,
-    slope_regime=only_regime,
     gradient=linf_gradient,
     ends=1,
     sums={tl.float32: 2, tl.float64: 2},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from r2_kernels.backends.triton.penalty_functions import Functions, only_regime, with_sign_of
+from r2_kernels.backends.triton.penalty_functions import Functions, with_sign_of
 
 
 @triton.jit
@@ -75,13 +75,11 @@ FUNCTIONS = Functions(
     extremes=margin_extremes,
     neutral=margin_neutral,
     anchor=margin_anchor,
-    regime=only_regime,
     terms=margin_terms,
     convert=margin_convert,
     finalize=margin_finalize,
     prepare=margin_prepare,
     constants=margin_constants,
-    slope_regime=only_regime,
     gradient=margin_gradient,
     ends=0,
     sums={tl.float32: 2, tl.float64: 2},

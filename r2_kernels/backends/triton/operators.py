@@ -191,8 +191,7 @@ def _options(dtype: torch.dtype, threads: int, is_amd: bool) -> dict[str, int]:
 def new_sums(penalty: str, like: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """Where the sums of ``count`` chunks or segments go, for values of that dtype: (SUMS, count)."""
     functions = FUNCTIONS[penalty]
-    is_float64 = functions.is_in_float64 or dtype is torch.float64
-    return like.new_empty((functions.sums_of(dtype), count), dtype=torch.float64 if is_float64 else torch.float32)
+    return like.new_empty((functions.sums_of(dtype), count), dtype=functions.stored(dtype))
 
 
 def _reduce(

@@ -30,6 +30,25 @@ import torch
 import triton
 import triton.language as tl
 
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def both_ends(w):
+    """The ``extremes`` of a penalty that takes the maximum and the minimum."""
+    return w, w
+
+
+@triton.jit
+def neutral_ends(lanes: tl.constexpr, dtype: tl.constexpr):
+    """The ``neutral`` for these."""
+    return tl.full((lanes,), -INFINITY, dtype), tl.full((lanes,), INFINITY, dtype)
+
+
+@triton.jit
+def only_regime(anchor):
+    return 0
+
 
 @dataclass(frozen=True)
 class Functions:
@@ -46,24 +65,28 @@ class Functions:
     extremes: triton.JITFunction
     neutral: triton.JITFunction
     anchor: triton.JITFunction
-    regime: triton.JITFunction
     terms: triton.JITFunction
     convert: triton.JITFunction
     finalize: triton.JITFunction
     prepare: triton.JITFunction
     constants: triton.JITFunction
-    slope_regime: triton.JITFunction
     gradient: triton.JITFunction
     ends: int
     sums: dict[tl.dtype, int]
     constant_count: int
+    regime: triton.JITFunction = only_regime
     regimes: int = 1
+    slope_regime: triton.JITFunction = only_regime
     slope_regimes: int = 1
     is_in_float64: bool = False
 
     def accumulator(self, dtype: torch.dtype) -> tl.dtype:
         """What entries of a dtype are computed in."""
         return tl.float64 if self.is_in_float64 else accumulator(dtype)
+
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        """What the sums and constants of entries of a dtype are stored in."""
+        return torch.float64 if self.accumulator(dtype) is tl.float64 else torch.float32
 
     def sums_of(self, dtype: torch.dtype) -> int:
         """How many numbers of a chunk of entries of that dtype are stored."""
@@ -73,11 +96,6 @@ class Functions:
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """What entries of a dtype are computed in, where nothing asks for more."""
     return tl.float64 if dtype is torch.float64 else tl.float32
-
-
-@triton.jit
-def only_regime(anchor):
-    return 0
 
 
 @triton.jit

@@ -198,10 +198,8 @@ def _apply(
     check_scalars(coefficients, "coefficients", len(weights) if has_shared else table.count, device)
     destinations = operators.destination_table(table, weights, gradients)
     functions = FUNCTIONS[penalty]
-    is_float64 = functions.is_in_float64 or table.is_float64
-    prepared = statistics.new_empty(
-        (1 + functions.constant_count, table.count), dtype=torch.float64 if is_float64 else torch.float32
-    )
+    dtype = torch.float64 if table.is_float64 else torch.float32
+    prepared = statistics.new_empty((1 + functions.constant_count, table.count), dtype=functions.stored(dtype))
     given = (parameter, 0 if parameter is None else parameter.stride(0), coefficients, coefficients.stride(0))
     prepare = (table.weights, *given, statistics.contiguous(), prepared, table.count)
     arguments = (table.weights, destinations.table.addresses, prepared, table.count)

@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 
 from r2_kernels.backends.triton.exponentials import LOG2_E, SERIES_FLOAT32, SERIES_FLOAT64, hyperbolic
-from r2_kernels.backends.triton.penalty_functions import Functions
+from r2_kernels.backends.triton.penalty_functions import Functions, both_ends, neutral_ends
 
-INFINITY = tl.constexpr(float("inf"))
 # |a| times half the distance of the ends. Up to SMALL, exp is a polynomial, and no difference between the two ends may
 # cancel; up to MIDDLE, moments about the center are better conditioned than moments about the ends, and cheaper.
 SMALL = tl.constexpr(0.5)
@@ -73,16 +72,6 @@ def _moments(u, exponent):
     e = tl.exp2(exponent)
     first = u * e
     return e, first, u * first
-
-
-@triton.jit
-def soft_min_max_extremes(w):
-    return w, w
-
-
-@triton.jit
-def soft_min_max_neutral(lanes: tl.constexpr, dtype: tl.constexpr):
-    return tl.full((lanes,), -INFINITY, dtype), tl.full((lanes,), INFINITY, dtype)
 
 
 @triton.jit
@@ -255,8 +244,8 @@ def soft_min_max_gradient(w, constants, REGIME: tl.constexpr):
 
 
 FUNCTIONS = Functions(
-    extremes=soft_min_max_extremes,
-    neutral=soft_min_max_neutral,
+    extremes=both_ends,
+    neutral=neutral_ends,
     anchor=soft_min_max_anchor,
     regime=soft_min_max_regime,
     terms=soft_min_max_terms,
