@@ -25,6 +25,7 @@ from torch import Tensor
 from r2_kernels import ops
 from r2_kernels.distributed import check_shards
 from r2_kernels.granularity import Granularity, group_size_of
+from r2_kernels.penalties import by_name
 from r2_kernels.validation import check_parameter, check_weights
 
 
@@ -42,9 +43,7 @@ def linf(weights: Sequence[Tensor], *, granularity: Granularity = "tensor") -> T
         TypeError: ``weights`` is no sequence of dense floating-point tensors.
         ValueError: no weights, one without elements, weights on several devices, or no granularity.
     """
-    check_weights(weights)
-    check_shards(weights, group_size_of(granularity))
-    return ops.PenaltyFunction.apply("linf", group_size_of(granularity), None, *weights)
+    return _values("linf", weights, None, granularity)
 
 
 def margin(weights: Sequence[Tensor], margin: Tensor, *, granularity: Granularity = "tensor") -> Tensor:
@@ -64,10 +63,7 @@ def margin(weights: Sequence[Tensor], margin: Tensor, *, granularity: Granularit
         TypeError: ``weights`` or ``margin`` is no floating-point tensor where one is expected.
         ValueError: no weights, one without elements, another shape, several devices, or no granularity.
     """
-    check_weights(weights)
-    check_shards(weights, group_size_of(granularity))
-    check_parameter(margin, "margin", weights, granularity)
-    return ops.PenaltyFunction.apply("margin", group_size_of(granularity), margin, *weights)
+    return _values("margin", weights, margin, granularity)
 
 
 def kurtosis(weights: Sequence[Tensor], *, granularity: Granularity = "tensor") -> Tensor:
@@ -88,9 +84,7 @@ def kurtosis(weights: Sequence[Tensor], *, granularity: Granularity = "tensor") 
         TypeError: ``weights`` is no sequence of dense floating-point tensors.
         ValueError: no weights, one without elements, weights on several devices, or no granularity.
     """
-    check_weights(weights)
-    check_shards(weights, group_size_of(granularity))
-    return ops.PenaltyFunction.apply("kurtosis", group_size_of(granularity), None, *weights)
+    return _values("kurtosis", weights, None, granularity)
 
 
 def soft_min_max(weights: Sequence[Tensor], temperature: Tensor, *, granularity: Granularity = "tensor") -> Tensor:
@@ -113,7 +107,14 @@ def soft_min_max(weights: Sequence[Tensor], temperature: Tensor, *, granularity:
         TypeError: ``weights`` or ``temperature`` is no floating-point tensor where one is expected.
         ValueError: no weights, one without elements, another shape, several devices, or no granularity.
     """
+    return _values("soft_min_max", weights, temperature, granularity)
+
+
+def _values(penalty: str, weights: Sequence[Tensor], parameter: Tensor | None, granularity: Granularity) -> Tensor:
     check_weights(weights)
-    check_shards(weights, group_size_of(granularity))
-    check_parameter(temperature, "temperature", weights, granularity)
-    return ops.PenaltyFunction.apply("soft_min_max", group_size_of(granularity), temperature, *weights)
+    group_size = group_size_of(granularity)
+    check_shards(weights, group_size)
+    name = by_name(penalty).parameter
+    if name is not None:
+        check_parameter(parameter, name, weights, granularity)
+    return ops.PenaltyFunction.apply(penalty, group_size, parameter, *weights)

@@ -45,7 +45,7 @@ def check_weights(weights: Sequence[Tensor], names: Sequence[str] | None = None)
 
 
 def check_parameter(
-    parameter: Tensor, name: str, weights: Sequence[Tensor], granularity: Granularity = "tensor"
+    parameter: object, name: str, weights: Sequence[Tensor], granularity: Granularity = "tensor"
 ) -> None:
     """Raise unless ``parameter`` (called ``name``) is a floating-point tensor on the weights' device, of shape (N,).
 
