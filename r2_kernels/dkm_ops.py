@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r2_kernels import backends, ops
-from r2_kernels.layout import is_dense
+from r2_kernels.layout import empty_dense_like
 from r2_kernels.validation import value_dtype
 
 SCHEMAS = {
@@ -32,15 +32,11 @@ SCHEMAS = {
 ops.define(SCHEMAS)
 
 
-def _like(weight: Tensor) -> Tensor:
-    return torch.empty_like(weight) if is_dense(weight) else weight.new_empty(weight.shape)
-
-
 @ops.fake("dkm_forward")
 def _(weight: Tensor, centroids: Tensor, temperature: float, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     count = centroids.shape[0]
     return (
-        _like(weight),
+        empty_dense_like(weight),
         weight.new_empty(iterations + 1, count, dtype=value_dtype([weight])),
         weight.new_empty(iterations, count, dtype=torch.float64),
     )
@@ -48,7 +44,7 @@ def _(weight: Tensor, centroids: Tensor, temperature: float, iterations: int) ->
 
 @ops.fake("dkm_backward")
 def _(weight: Tensor, history: Tensor, totals: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    return _like(weight)
+    return empty_dense_like(weight)
 
 
 class DkmFunction(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r2_kernels import backends, ops
-from r2_kernels.layout import is_dense
+from r2_kernels.layout import empty_dense_like
 
 SCHEMAS = {
     "ewgs_forward": "(Tensor values, Tensor ends, int levels) -> Tensor",
@@ -28,18 +28,14 @@ SCHEMAS = {
 ops.define(SCHEMAS)
 
 
-def _like(values: Tensor) -> Tensor:
-    return torch.empty_like(values) if is_dense(values) else values.new_empty(values.shape)
-
-
 @ops.fake("ewgs_forward")
 def _(values: Tensor, ends: Tensor, levels: int) -> Tensor:
-    return _like(values)
+    return empty_dense_like(values)
 
 
 @ops.fake("ewgs_backward")
 def _(values: Tensor, ends: Tensor, gradient: Tensor, levels: int, delta: float) -> tuple[Tensor, Tensor]:
-    return _like(values), values.new_empty(4, dtype=torch.float64)
+    return empty_dense_like(values), values.new_empty(4, dtype=torch.float64)
 
 
 class EwgsFunction(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,11 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         reach *= size
     return True
+
+
+def empty_dense_like(tensor: Tensor) -> Tensor:
+    """Uninitialized, of the same shape and dtype, and laid out as the tensor where that is dense."""
+    return torch.empty_like(tensor) if is_dense(tensor) else tensor.new_empty(tensor.shape)
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

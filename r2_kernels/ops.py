@@ -61,7 +61,7 @@ def _from_backend(backend: str, name: str) -> Callable[..., Any]:
 
 
 def _of_backend(backend: str, name: str, device_type: str | None = None) -> Callable[..., Any]:
-    module = backends.load(backend) if device_type is None else backends.load(backend, device_type)
+    module = backends.load(backend, device_type)
     try:
         return getattr(module, name)
     except AttributeError:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from r2_kernels.attention import Attention, is_settled
-from r2_kernels.layout import is_dense
+from r2_kernels.layout import empty_dense_like
 from r2_kernels.penalties import CHUNK_SIZE
 from r2_kernels.validation import value_dtype
 
@@ -68,5 +68,5 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 def _as_stored(chunks: list[Tensor], weight: Tensor) -> Tensor:
     """In the weight's shape and dtype and, where it is dense, layout."""
-    stored = torch.empty_like(weight) if is_dense(weight) else weight.new_empty(weight.shape)
+    stored = empty_dense_like(weight)
     return stored.copy_(torch.cat(chunks).reshape(weight.shape)) if chunks else stored

@@ -11,7 +11,7 @@ from torch import Tensor
 from r2_kernels.backends.dkm_reference import dkm_backward as dkm_backward
 from r2_kernels.backends.dkm_reference import dkm_forward as dkm_forward
 from r2_kernels.granularity import PER_TENSOR, blocks, counts_of
-from r2_kernels.layout import is_dense
+from r2_kernels.layout import empty_dense_like
 from r2_kernels.penalties import CHUNK_SIZE, Penalty, by_name
 from r2_kernels.validation import value_dtype
 
@@ -327,5 +327,5 @@ def _clipped_and_rounded(values: Tensor, ends: Tensor, levels: int) -> tuple[Ten
 
 def _as_stored(exact: Tensor, values: Tensor) -> Tensor:
     """In the values' dtype and, where they are dense, layout."""
-    stored = torch.empty_like(values) if is_dense(values) else values.new_empty(values.shape)
+    stored = empty_dense_like(values)
     return stored.copy_(exact)
