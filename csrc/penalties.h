@@ -872,9 +872,8 @@ struct Kurtosis {
       return {-std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity(), 0, 0, 0, 0, 0};
     }
     void merge(const Row& other, double /*parameter*/) {
-      const double ends[] = {other.maximum, other.minimum};
       double merged[] = {maximum, minimum};
-      Extent<double>::include(merged, ends[0], ends[1]);
+      Extent<double>::include(merged, other.maximum, other.minimum);
       const Frame whole(merged[0], merged[1]);
       const Row a = moved(whole), b = other.moved(whole);
       *this = {merged[0],           merged[1],         a.count + b.count,  a.first + b.first,

@@ -185,11 +185,11 @@ class Kurtosis(Penalty):
         maximum, minimum = parts[..., 0].amax(0), parts[..., 1].amin(0)
         centers, _ = _frame(parts[..., 0], parts[..., 1])
         center, inverse = _frame(maximum, minimum)
-        count, *sums = parts[..., 2:].unbind(-1)
+        powers = parts[..., 2:].unbind(-1)
+        count = powers[0]
         # An empty part has no center of its own. The powers of shift + scale·x are then the binomial sums.
         shift = torch.where(count == 0, 0, (centers - center) * inverse)
         scale = torch.where(count == 0, 0, (parts[..., 0] / 2 - parts[..., 1] / 2) * inverse)
-        powers = [count, *sums]
         moved = []
         for k in range(5):
             terms = [math.comb(k, j) * shift ** (k - j) * scale**j * powers[j] for j in range(k + 1)]
@@ -197,29 +197,28 @@ class Kurtosis(Penalty):
         return torch.stack([maximum, minimum, *moved], -1)
 
     def finalize(self, statistics: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        _, _, kurtosis, is_flat = self._moments(statistics)
+        *_, kurtosis, is_flat = self._moments(statistics)
         return torch.where(is_flat, 0, (kurtosis - UNIFORM_KURTOSIS) ** 2), statistics.new_empty(0)
 
     def gradient(self, weight: Tensor, statistics: Tensor, parameter: Tensor) -> Tensor:
-        mean, deviation, kurtosis, is_flat = self._moments(statistics)
+        mean, deviation, third, kurtosis, is_flat = self._moments(statistics)
         center, inverse = _frame(statistics[0], statistics[1])
-        count, third = statistics[2], statistics[5]
         z = ((weight - center) * inverse - mean) / deviation
-        second = deviation**2 + mean**2
-        skewness = (third / count - 3 * mean * second + 2 * mean**3) / deviation**3
-        scale = 8 * (kurtosis - UNIFORM_KURTOSIS) / (count * deviation) * inverse
+        skewness = third / deviation**3
+        scale = 8 * (kurtosis - UNIFORM_KURTOSIS) / (statistics[2] * deviation) * inverse
         return torch.where(is_flat, 0, scale * (z**3 - skewness - kurtosis * z))
 
     @staticmethod
-    def _moments(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean and standard deviation of x, the kurtosis, and whether all entries are equal."""
+    def _moments(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of x: mean, standard deviation, third central moment and kurtosis; whether all entries are equal."""
         count, first, second, third, fourth = statistics[..., 2:].unbind(-1)
         is_flat = second == 0
         count = torch.where(is_flat, 1, count)
         mean, second, third, fourth = first / count, second / count, third / count, fourth / count
         variance = torch.where(is_flat, 1, second - mean**2)
-        central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
-        return mean, variance.sqrt(), central / variance**2, is_flat
+        central = third - 3 * mean * second + 2 * mean**3
+        fourth = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+        return mean, variance.sqrt(), central, fourth / variance**2, is_flat
 
 
 def _frame(maximum: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:

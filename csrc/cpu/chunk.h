@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -159,7 +160,13 @@ class Chunk {
    private:
     const Chunk chunk_;
   };
-  Widened widened() const { return Widened(*this); }
+  auto widened() const {
+    if constexpr (std::is_same_v<Storage, double>) {
+      return *this;
+    } else {
+      return Widened(*this);
+    }
+  }
 
   // The sums over all entries, each lane's constructed from `arguments`.
   template <template <class> class Sums, class... Arguments>
